@@ -1,0 +1,231 @@
+# Copyright 2026 The tcsp_hf developers. Licensed under the Apache License, Version 2.0.
+"""`TCSPConfig`: what every compressed model's configuration has in common.
+
+It carries the *projection* (where the model comes from, which subspace it lives in, what was kept) and the strict
+validation of sizes. The matrices themselves ride in the safetensors file beside the weights, never in JSON.
+"""
+
+import copy
+import difflib
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+METHOD_VERSION = 1
+"""Version of the checkpoint format and of the method; a checkpoint from a newer one is refused."""
+
+MAX_SIZE = 1 << 20
+"""Upper bound of any width in a configuration: refuses absurd sizes before memory is taken."""
+
+PROJECTION_KINDS = ("shared", "per_site")
+SUBSPACES = ("pca", "balanced")
+
+_PROJECTION_FIELDS: dict[str, tuple[type, ...]] = {
+    "method_version": (int,),
+    "source_model": (str,),
+    "source_revision": (str, type(None)),
+    "source_model_type": (str,),
+    "source_hidden_size": (int,),
+    "source_parameters": (int,),
+    "source_non_embedding_parameters": (int,),
+    "kind": (str,),
+    "subspace": (str,),
+    "epsilon": (float, int, type(None)),
+    "sites": (list,),
+    "calibration": (dict,),
+}
+_PROJECTION_OPTIONAL: dict[str, tuple[type, ...]] = {"options": (dict,), "removed": (float, int)}
+_SITE_FIELDS: dict[str, tuple[type, ...]] = {"name": (str,), "hidden_size": (int,), "kept_energy": (float, int)}
+_CALIBRATION_FIELDS: dict[str, tuple[type, ...]] = {
+    "sequences": (int,),
+    "tokens": (int,),
+    "data_fingerprint": (str,),
+    "model_fingerprint": (str,),
+    "seed": (int,),
+}
+
+
+def _check_fields(
+    where: str,
+    value: dict[str, Any],
+    required: dict[str, tuple[type, ...]],
+    optional: dict[str, tuple[type, ...]],
+) -> None:
+    """Raise ValueError unless `value` has every required field, no unknown one, and the right types."""
+    known = {**required, **optional}
+    for name in value:
+        if name not in known:
+            raise ValueError(f"{where} has the unknown field {name!r}; allowed: {', '.join(sorted(known))}.")
+    for name in required:
+        if name not in value:
+            raise ValueError(f"{where} lacks the field {name!r}.")
+    for name, item in value.items():
+        wrong_bool = isinstance(item, bool) and bool not in known[name]
+        if wrong_bool or not isinstance(item, known[name]):
+            allowed = " or ".join("null" if t is type(None) else t.__name__ for t in known[name])
+            raise ValueError(f"{where}.{name} is {item!r}; it must be of type {allowed}.")
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raise ValueError naming the field, the value and what is allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}.")
+
+
+def check_size(name: str, value: Any, minimum: int = 1, maximum: int = MAX_SIZE) -> None:
+    """Raise ValueError unless `value` is an integer (never a bool) in [minimum, maximum]."""
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+        raise ValueError(f"{name} is {value!r}; it must be an integer from {minimum} to {maximum}.")
+
+
+def check_sizes(name: str, values: Any, length: int, minimum: int = 1, maximum: int = MAX_SIZE) -> None:
+    """Raise ValueError unless `values` is None or a list of `length` integers in [minimum, maximum]."""
+    if values is None:
+        return
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{name} is {values!r}; it must be null or a list of {length} integers.")
+    if len(values) != length:
+        raise ValueError(f"{name} has {len(values)} entries; this model needs {length}.")
+    for i, value in enumerate(values):
+        check_size(f"{name}[{i}]", value, minimum, maximum)
+
+
+def check_number(name: str, value: Any, minimum: float, maximum: float = math.inf) -> None:
+    """Raise ValueError unless `value` is a finite number in [minimum, maximum]."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not minimum <= value <= maximum:
+        raise ValueError(f"{name} is {value!r}; it must be a finite number from {minimum} to {maximum}.")
+
+
+class TCSPConfig(PreTrainedConfig):
+    """Base of `TCSPBertConfig` and `TCSPT5Config`.
+
+    Args:
+        projection (`dict`, *optional*):
+            Provenance of the projection: `method_version`, `source_model`, `source_revision`,
+            `source_model_type`, `source_hidden_size`, parameter counts of the source, `kind`
+            (`"shared"` or `"per_site"`), `subspace` (`"pca"` or `"balanced"`), `epsilon`, `sites` (list of
+            `{name, hidden_size, kept_energy}`), and `calibration` (`sequences`, `tokens`, fingerprints, `seed`).
+            None for a model that was not made by compression (random weights, a test).
+
+    Raises:
+        ValueError: an unknown or contradictory value; the message names the field, the value and what is allowed.
+
+    `TCSPConfig.from_pretrained(path)` returns the subclass that the checkpoint's `model_type` names.
+    """
+
+    model_type: ClassVar[str] = "tcsp"
+    subclasses: ClassVar[dict[str, type["TCSPConfig"]]] = {}
+    own_prefixes: ClassVar[tuple[str, ...]] = ("projection",)
+
+    projection: dict[str, Any] | None = None
+
+    def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
+        super().__init_subclass__(*args, **kwargs)
+        TCSPConfig.subclasses[cls.model_type] = cls
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._refuse_misspelled(kwargs)
+        super().__post_init__(**kwargs)
+        if self.projection is not None:
+            self.projection = copy.deepcopy(self.projection)
+        self.check()
+
+    def _refuse_misspelled(self, kwargs: dict[str, Any]) -> None:
+        """Refuse an unknown keyword that looks like one of ours: a typing error would otherwise be silent.
+
+        Other unknown keywords stay allowed, as in every transformers configuration (other libraries use them).
+        """
+        own = sorted(set(type(self).__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__))
+        for name in kwargs:
+            if name in self.attribute_map or name.startswith("_") or hasattr(type(self), name):
+                continue
+            close = difflib.get_close_matches(name, own, n=1, cutoff=0.9)
+            if close or name.startswith(self.own_prefixes):
+                hint = close[0] if close else ", ".join(n for n in own if n.startswith(self.own_prefixes))
+                raise ValueError(
+                    f"{type(self).__name__} has no field {name!r} (value {kwargs[name]!r}); allowed: {hint}."
+                )
+
+    def site_widths(self) -> dict[str, int]:
+        """Name and width of every site, in the order of the forward pass."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract: use TCSPBertConfig or TCSPT5Config.")
+
+    def check(self) -> None:
+        """Validate every field against the others. Called at construction, by the models, and before saving.
+
+        Raises:
+            ValueError: names the field, the value and what is allowed.
+        """
+        if self.projection is None:
+            return
+        if not isinstance(self.projection, dict):
+            raise ValueError(f"projection is {self.projection!r}; it must be null or a dictionary.")
+        version = self.projection.get("method_version")
+        if isinstance(version, int) and not isinstance(version, bool) and version > METHOD_VERSION:
+            raise ValueError(
+                f"projection.method_version is {version}, but this version of tcsp_hf reads up to {METHOD_VERSION}: "
+                "install a newer tcsp_hf, or load with trust_remote_code=True to use the code beside the checkpoint."
+            )
+        _check_fields("projection", self.projection, _PROJECTION_FIELDS, _PROJECTION_OPTIONAL)
+        check_size("projection.method_version", version)
+        check_size("projection.source_hidden_size", self.projection["source_hidden_size"])
+        check_choice("projection.kind", self.projection["kind"], PROJECTION_KINDS)
+        check_choice("projection.subspace", self.projection["subspace"], SUBSPACES)
+        _check_fields("projection.calibration", self.projection["calibration"], _CALIBRATION_FIELDS, {})
+        for i, site in enumerate(self.projection["sites"]):
+            where = f"projection.sites[{i}]"
+            if not isinstance(site, dict):
+                raise ValueError(f"{where} is {site!r}; it must be a dictionary.")
+            _check_fields(where, site, _SITE_FIELDS, {})
+            check_size(f"{where}.hidden_size", site["hidden_size"])
+            check_number(f"{where}.kept_energy", site["kept_energy"], 0.0)
+        if type(self) is TCSPConfig:
+            return
+        stated = {site["name"]: site["hidden_size"] for site in self.projection["sites"]}
+        expected = self.site_widths()
+        if stated != expected:
+            name = next(
+                n for n in [*expected, *stated] if stated.get(n) != expected.get(n)
+            )  # the first site on which the two disagree
+            raise ValueError(
+                f"projection.sites says that site {name!r} has width {stated.get(name)}, "
+                f"but the sizes of the model give {expected.get(name)}."
+            )
+        declared = getattr(self, "source_hidden_size", None)
+        if declared is not None and declared != self.projection["source_hidden_size"]:
+            raise ValueError(
+                f"source_hidden_size is {declared}, but projection.source_hidden_size is "
+                f"{self.projection['source_hidden_size']}: the two must agree."
+            )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        self.check()
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As `PreTrainedConfig.from_pretrained`; on `TCSPConfig` itself, the right subclass."""
+        if cls is TCSPConfig:
+            config_dict, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            return cls.from_dict(config_dict, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `PreTrainedConfig.from_dict`; on `TCSPConfig` itself, the subclass that `model_type` names."""
+        if cls is TCSPConfig:
+            model_type = config_dict.get("model_type")
+            if model_type not in TCSPConfig.subclasses or model_type == cls.model_type:
+                known = sorted(name for name in TCSPConfig.subclasses if name != cls.model_type)
+                raise ValueError(
+                    f"model_type is {model_type!r}, which is no compressed model; allowed: {', '.join(known)}."
+                )
+            return TCSPConfig.subclasses[model_type].from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
+
+
+__all__ = ["TCSPConfig"]

@@ -1,0 +1,47 @@
+# Copyright 2026 The tcsp_hf developers. Licensed under the Apache License, Version 2.0.
+"""What every compressed model has in common: checkpoints that load anywhere, and the way back to the dense space."""
+
+import os
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+
+class TCSPPreTrainedMixin:
+    """Mixed in before transformers' `PreTrainedModel` by both families.
+
+    Saving writes the family's whole `auto_map` and copies the modeling files beside the weights, so that any Auto
+    class loads any task's checkpoint with `trust_remote_code=True` where this package is not installed.
+    """
+
+    auto_map: ClassVar[dict[str, str]] = {}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`, after validating the configuration.
+
+        Raises:
+            ValueError: the configuration contradicts itself; nothing is written then.
+        """
+        self.config.check()  # type: ignore[attr-defined]
+        self.config.auto_map = dict(self.auto_map)  # type: ignore[attr-defined]
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+class TCSPLift(nn.Module):
+    """Affine map from a site's coordinates back to the dense hidden states: `h = z @ weight.T + bias`.
+
+    `weight` (D, k) is the site's decoder with the dense norm's weight folded in, `bias` (D,) the dense norm's bias.
+    Both are buffers: the map describes the compression, it is not trained.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self, hidden_size: int, dense_hidden_size: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.eye(dense_hidden_size, hidden_size))
+        self.register_buffer("bias", torch.zeros(dense_hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden_states, self.weight, self.bias)
