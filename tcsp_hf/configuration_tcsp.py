@@ -119,7 +119,7 @@ class TCSPConfig(PreTrainedConfig):
 
     model_type: ClassVar[str] = "tcsp"
     subclasses: ClassVar[dict[str, type["TCSPConfig"]]] = {}
-    own_prefixes: ClassVar[tuple[str, ...]] = ("projection",)
+    own_prefixes: ClassVar[tuple[str, ...]] = ("projection", "source_hidden")
 
     projection: dict[str, Any] | None = None
 
@@ -139,13 +139,13 @@ class TCSPConfig(PreTrainedConfig):
 
         Other unknown keywords stay allowed, as in every transformers configuration (other libraries use them).
         """
-        own = sorted(set(type(self).__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__))
+        own = sorted(name for name in type(self).__dataclass_fields__ if name.startswith(self.own_prefixes))
         for name in kwargs:
-            if name in self.attribute_map or name.startswith("_") or hasattr(type(self), name):
+            if name.startswith("_") or hasattr(type(self), name):
                 continue
-            close = difflib.get_close_matches(name, own, n=1, cutoff=0.9)
+            close = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
             if close or name.startswith(self.own_prefixes):
-                hint = close[0] if close else ", ".join(n for n in own if n.startswith(self.own_prefixes))
+                hint = close[0] if close else ", ".join(own)
                 raise ValueError(
                     f"{type(self).__name__} has no field {name!r} (value {kwargs[name]!r}); allowed: {hint}."
                 )

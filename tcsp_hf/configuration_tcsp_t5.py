@@ -42,6 +42,7 @@ class TCSPT5Config(TCSPConfig):
     model_type: ClassVar[str] = "tcsp_t5"
     own_prefixes: ClassVar[tuple[str, ...]] = (
         "projection",
+        "source_hidden",
         "encoder_layer_",
         "decoder_layer_",
         "cross_layer_",

@@ -1,0 +1,122 @@
+"""The dense architectures that can be compressed: which classes, and where their residual stream is normalised."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .errors import TCSPError
+
+HEADS = {
+    "bert": (
+        "Model",
+        "ForMaskedLM",
+        "ForPreTraining",
+        "ForSequenceClassification",
+        "ForTokenClassification",
+        "ForQuestionAnswering",
+        "ForMultipleChoice",
+        "ForNextSentencePrediction",
+    ),
+    "t5": (
+        "Model",
+        "EncoderModel",
+        "ForConditionalGeneration",
+        "ForSequenceClassification",
+        "ForTokenClassification",
+        "ForQuestionAnswering",
+    ),
+}
+PREFIXES = {"bert": ("bert", "Bert"), "t5": ("t5", "T5"), "mt5": ("t5", "MT5")}
+"""model_type of the dense model -> (family, prefix of its class names)."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where the residual stream is normalised.
+
+    Attributes:
+        name: as in `TCSPConfig.site_widths`, or `"mlm_head"`.
+        norm: the module whose input is the stream and whose output is `weight * n + bias`.
+        normalise: maps the stream x (..., D) to the normalised stream n (..., D), without weight and bias.
+        stack: `"encoder"` or `"decoder"`: whose tokens pass here.
+    """
+
+    name: str
+    norm: nn.Module
+    normalise: Callable[[torch.Tensor], torch.Tensor]
+    stack: str = "encoder"
+
+
+def family_of(model: PreTrainedModel) -> tuple[str, str]:
+    """Family (`"bert"` or `"t5"`) and head (`"Model"`, `"ForMaskedLM"`, ...) of a dense model.
+
+    Raises:
+        TCSPError: an architecture, a class or a feature (decoder, cross-attention) that cannot be compressed.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    name = type(model).__name__
+    supported = [f"{prefix}{head}" for kind, prefix in PREFIXES.values() for head in HEADS[kind]]
+    if model_type not in PREFIXES:
+        what = "is compressed already" if str(model_type).startswith("tcsp_") else "is not a supported architecture"
+        raise TCSPError(f"{name} (model_type {model_type!r}) {what}; supported: {', '.join(supported)}.")
+    family, prefix = PREFIXES[model_type]
+    head = name.removeprefix(prefix)
+    if not name.startswith(prefix) or head not in HEADS[family]:
+        raise TCSPError(f"{name} is not a supported class; supported: {', '.join(supported)}.")
+    if family == "bert":
+        for feature in ("is_decoder", "add_cross_attention"):
+            if getattr(model.config, feature, False):
+                raise TCSPError(f"{name} has {feature}=True: only BERT encoders without cross-attention are supported.")
+        if getattr(model.config, "position_embedding_type", "absolute") not in ("absolute", None):
+            kind = model.config.position_embedding_type
+            raise TCSPError(f"{name} has position_embedding_type={kind!r}: only 'absolute' is supported.")
+    return family, head
+
+
+def dense_hidden_size(model: PreTrainedModel) -> int:
+    """Hidden size D of a dense model."""
+    return int(model.config.hidden_size)
+
+
+def sites_of(model: PreTrainedModel) -> list[Site]:
+    """Every site of a dense model in the order of its forward pass.
+
+    Raises:
+        TCSPError: see `family_of`.
+    """
+    family, _ = family_of(model)
+    return list(_bert_sites(model) if family == "bert" else _t5_sites(model))
+
+
+def _bert_sites(model: PreTrainedModel) -> Iterator[Site]:
+    base = model.base_model
+
+    def site(name: str, norm: nn.LayerNorm) -> Site:
+        return Site(name, norm, lambda x: nn.functional.layer_norm(x, x.shape[-1:], eps=norm.eps))
+
+    yield site("embeddings", base.embeddings.LayerNorm)
+    for i, layer in enumerate(base.encoder.layer):
+        yield site(f"layer.{i}.attention", layer.attention.output.LayerNorm)
+        yield site(f"layer.{i}.output", layer.output.LayerNorm)
+    if hasattr(getattr(model, "cls", None), "predictions"):
+        yield site("mlm_head", model.cls.predictions.transform.LayerNorm)
+
+
+def _t5_sites(model: PreTrainedModel) -> Iterator[Site]:
+    base = model.base_model
+    for stack in ("encoder", "decoder"):
+        if not hasattr(base, stack):
+            continue
+        parts = ("attention", "ffn") if stack == "encoder" else ("attention", "cross", "ffn")
+
+        def site(name: str, norm: nn.Module, stack: str = stack) -> Site:
+            eps = float(norm.variance_epsilon)  # type: ignore[arg-type]
+            return Site(name, norm, lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps), stack)
+
+        for i, block in enumerate(getattr(base, stack).block):
+            for part, layer in zip(parts, block.layer, strict=True):
+                yield site(f"{stack}.{i}.{part}", layer.layer_norm)
+        yield site(f"{stack}.final", getattr(base, stack).final_layer_norm)

@@ -1,0 +1,6 @@
+"""One pass over text: what the hidden states look like, and which directions of them matter."""
+
+from .run import calibrate
+from .statistics import Calibration, SiteStatistics
+
+__all__ = ["Calibration", "SiteStatistics", "calibrate"]

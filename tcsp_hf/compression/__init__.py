@@ -1,0 +1,6 @@
+"""From statistics to a smaller model: choose subspaces, project the weights, build the model."""
+
+from .compress import compress
+from .sizes import SizeTable, count_parameters, removed_fraction, size_table
+
+__all__ = ["SizeTable", "compress", "count_parameters", "removed_fraction", "size_table"]

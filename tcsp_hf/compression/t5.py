@@ -1,0 +1,91 @@
+"""Projects a dense T5 or mT5 into a subspace of its residual stream (design of `modeling_tcsp_t5`); in float64."""
+
+import math
+
+import torch
+from transformers import PreTrainedModel
+
+from .. import modeling_tcsp_t5
+from ..configuration_tcsp_t5 import TCSPT5Config
+from .subspace import Basis
+
+Tensors = dict[str, torch.Tensor]
+
+
+def model_class(head: str) -> type[PreTrainedModel]:
+    return getattr(modeling_tcsp_t5, f"TCSPT5{head}")
+
+
+def config_fields(dense: PreTrainedModel, sizes: dict[str, int], own_bases: bool) -> dict[str, object]:
+    """Fields of `TCSPT5Config` beside the stock ones; `own_bases`: encoder and decoder do not share theirs."""
+    encoder = sizes["encoder.final"]
+    decoder = sizes.get("decoder.final", encoder)
+    return {
+        "d_model": decoder,
+        "encoder_hidden_size": encoder if own_bases else None,
+        "source_hidden_size": dense.config.d_model,
+        "tie_lm_head": False,
+        "scale_decoder_outputs": False,
+        "tie_word_embeddings": True,
+    }
+
+
+def project(dense: PreTrainedModel, config: TCSPT5Config, bases: dict[str, Basis]) -> Tensors:
+    """State dict of the compressed model; all sites of a stack hold the same decoder and encoder, with own gains."""
+    source = {name: value.detach().to("cpu", torch.float64) for name, value in dense.state_dict().items()}
+    prefix = "transformer." if hasattr(dense, "transformer") else ""
+    result: Tensors = {}
+    size = config.dense_hidden_size
+
+    def norm_scale(basis: Basis) -> torch.Tensor:
+        return torch.full((basis.size,), math.sqrt(basis.gain * size / basis.size))
+
+    stacks = [stack for stack in ("encoder", "decoder") if f"{stack}.final" in bases]
+    table = source[f"{prefix}shared.weight"]
+    result[f"{prefix}shared.weight"] = table @ bases["encoder.final"].encoder
+    # the encoder's last norm is read by the cross-attention of every decoder layer
+    memory_gamma = source[f"{prefix}encoder.final_layer_norm.weight"]
+    memory_reader = memory_gamma[:, None] * bases["encoder.final"].decoder
+
+    for stack in stacks:
+        top = f"{prefix}{stack}"
+        result[f"{top}.embed_tokens.weight"] = table @ bases[f"{stack}.final"].encoder
+        layers = config.layers_of(stack)
+        parts = ("attention", "ffn") if stack == "encoder" else ("attention", "cross", "ffn")
+        for i in range(layers):
+            for j, part in enumerate(parts):
+                basis = bases[f"{stack}.{i}.{part}"]
+                block = f"{top}.block.{i}.layer.{j}"
+                gamma = source[f"{block}.layer_norm.weight"]
+                reader = gamma[:, None] * basis.decoder
+                result[f"{block}.layer_norm.weight"] = norm_scale(basis)
+                module = {"attention": "SelfAttention", "cross": "EncDecAttention", "ffn": "DenseReluDense"}[part]
+                for key in [key for key in source if key.startswith(f"{block}.{module}.")]:
+                    kind = key.split(".")[-2]
+                    if kind in ("o", "wo"):
+                        result[key] = basis.encoder.T @ source[key]
+                    elif kind == "relative_attention_bias":
+                        result[key] = source[key]
+                    elif part == "cross" and kind in ("k", "v"):
+                        result[key] = source[key] @ memory_reader
+                    else:
+                        result[key] = source[key] @ reader
+        last = bases[f"{stack}.final"]
+        gamma = source[f"{top}.final_layer_norm.weight"]
+        result[f"{top}.final_layer_norm.weight"] = norm_scale(last)
+        result[f"{top}.lift_map.weight"] = gamma[:, None] * last.decoder
+        result[f"{top}.lift_map.bias"] = torch.zeros(size, dtype=torch.float64)
+
+    read_by_head = stacks[-1]
+    reader = result[f"{prefix}{read_by_head}.lift_map.weight"]
+    for name in ("lm_head", "qa_outputs", "classifier", "classification_head.dense"):
+        if f"{name}.weight" in source:
+            result[f"{name}.weight"] = source[f"{name}.weight"] @ reader
+            if f"{name}.bias" in source:
+                result[f"{name}.bias"] = source[f"{name}.bias"]
+    for kind in ("weight", "bias"):
+        if f"classification_head.out_proj.{kind}" in source:
+            result[f"classification_head.out_proj.{kind}"] = source[f"classification_head.out_proj.{kind}"]
+    if "lm_head.weight" in result and getattr(dense.config, "scale_decoder_outputs", False):
+        result["lm_head.weight"] *= size**-0.5
+    return result
