@@ -3,6 +3,8 @@
 Importing the package registers the compressed architectures with transformers' Auto classes.
 """
 
+from .calibration import Calibration, calibrate
+from .compression import compress
 from .configuration_tcsp import TCSPConfig
 from .configuration_tcsp_bert import TCSPBertConfig
 from .configuration_tcsp_t5 import TCSPT5Config
@@ -26,7 +28,31 @@ from .modeling_tcsp_t5 import (
     TCSPT5Model,
 )
 from .registration import register
-
-__version__ = "0.1.0"
+from .version import __version__
 
 register()
+
+__all__ = [
+    "Calibration",
+    "TCSPBertConfig",
+    "TCSPBertForMaskedLM",
+    "TCSPBertForMultipleChoice",
+    "TCSPBertForNextSentencePrediction",
+    "TCSPBertForPreTraining",
+    "TCSPBertForQuestionAnswering",
+    "TCSPBertForSequenceClassification",
+    "TCSPBertForTokenClassification",
+    "TCSPBertModel",
+    "TCSPConfig",
+    "TCSPError",
+    "TCSPT5Config",
+    "TCSPT5EncoderModel",
+    "TCSPT5ForConditionalGeneration",
+    "TCSPT5ForQuestionAnswering",
+    "TCSPT5ForSequenceClassification",
+    "TCSPT5ForTokenClassification",
+    "TCSPT5Model",
+    "__version__",
+    "calibrate",
+    "compress",
+]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,7 +92,7 @@ def sites_of(model: PreTrainedModel) -> list[Site]:
     return list(_bert_sites(model) if family == "bert" else _t5_sites(model))
 
 
-def _bert_sites(model: PreTrainedModel) -> Iterator[Site]:
+def _bert_sites(model: Any) -> Iterator[Site]:
     base = model.base_model
 
     def site(name: str, norm: nn.LayerNorm) -> Site:
@@ -105,7 +106,7 @@ def _bert_sites(model: PreTrainedModel) -> Iterator[Site]:
         yield site("mlm_head", model.cls.predictions.transform.LayerNorm)
 
 
-def _t5_sites(model: PreTrainedModel) -> Iterator[Site]:
+def _t5_sites(model: Any) -> Iterator[Site]:
     base = model.base_model
     for stack in ("encoder", "decoder"):
         if not hasattr(base, stack):

@@ -38,7 +38,11 @@ _PROJECTION_FIELDS: dict[str, tuple[type, ...]] = {
     "calibration": (dict,),
 }
 _PROJECTION_OPTIONAL: dict[str, tuple[type, ...]] = {"options": (dict,), "removed": (float, int)}
-_SITE_FIELDS: dict[str, tuple[type, ...]] = {"name": (str,), "hidden_size": (int,), "kept_energy": (float, int)}
+_SITE_FIELDS: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "hidden_size": (int,),
+    "kept_energy": (float, int),
+}
 _CALIBRATION_FIELDS: dict[str, tuple[type, ...]] = {
     "sequences": (int,),
     "tokens": (int,),
@@ -202,12 +206,12 @@ class TCSPConfig(PreTrainedConfig):
                 f"{self.projection['source_hidden_size']}: the two must agree."
             )
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         self.check()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # type: ignore[override]
         """As `PreTrainedConfig.from_pretrained`; on `TCSPConfig` itself, the right subclass."""
         if cls is TCSPConfig:
             config_dict, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)

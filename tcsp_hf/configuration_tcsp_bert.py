@@ -30,7 +30,14 @@ class TCSPBertConfig(TCSPConfig):
     """
 
     model_type: ClassVar[str] = "tcsp_bert"
-    own_prefixes: ClassVar[tuple[str, ...]] = ("projection", "source_hidden", "site_", "layer_", "mlm_", "pooler_")
+    own_prefixes: ClassVar[tuple[str, ...]] = (
+        "projection",
+        "source_hidden",
+        "site_",
+        "layer_",
+        "mlm_",
+        "pooler_",
+    )
 
     vocab_size: int = 30522
     hidden_size: int = 768

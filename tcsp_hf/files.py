@@ -10,7 +10,7 @@ from pathlib import Path
 from .errors import TCSPError
 
 
-def check_output_folder(path: str | os.PathLike, overwrite: bool) -> Path:
+def check_output_folder(path: str | os.PathLike[str], overwrite: bool) -> Path:
     """Refuse, before any long work, a place that `new_folder` could not write.
 
     Raises:
@@ -31,7 +31,7 @@ def check_output_folder(path: str | os.PathLike, overwrite: bool) -> Path:
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of `path` when the block ends without an exception.
 
     An existing non-empty `path` is refused unless `overwrite`; it is then replaced as a whole. After an exception

@@ -17,7 +17,7 @@ class TCSPPreTrainedMixin:
 
     auto_map: ClassVar[dict[str, str]] = {}
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, after validating the configuration.
 
         Raises:
@@ -25,7 +25,7 @@ class TCSPPreTrainedMixin:
         """
         self.config.check()  # type: ignore[attr-defined]
         self.config.auto_map = dict(self.auto_map)  # type: ignore[attr-defined]
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class TCSPLift(nn.Module):

@@ -165,9 +165,7 @@ class TCSPBertAttention(nn.Module):
         self.self = TCSPBertSelfAttention(config, layer_idx)
         self.output = TCSPBertOutput(config, self.self.split_sizes[2], 2 * layer_idx + 1)
 
-    def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         context, _ = self.self(hidden_states, attention_mask, **kwargs)
         return self.output(context, hidden_states)
 
@@ -268,9 +266,7 @@ class TCSPBertPreTrainingHeads(nn.Module):
         self.predictions = TCSPBertLMHead(config)
         self.seq_relationship = nn.Linear(config.pooler_width, 2)
 
-    def forward(
-        self, sequence_output: torch.Tensor, pooled_output: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, sequence_output: torch.Tensor, pooled_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.predictions(sequence_output), self.seq_relationship(pooled_output)
 
 

@@ -108,7 +108,7 @@ class TCSPT5Attention(nn.Module):
             keys, values = self._split_heads(self.k(memory)), self._split_heads(self.v(memory))
             cache.cross_attention_cache.update(keys, values, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
-        layer = cache.cross_attention_cache.layers[self.layer_idx]
+        layer: Any = cache.cross_attention_cache.layers[self.layer_idx]
         return layer.keys, layer.values
 
     def forward(
@@ -352,7 +352,10 @@ class TCSPT5Stack(TCSPT5PreTrainedModel):
             if isinstance(past_key_values, EncoderDecoderCache):
                 own = past_key_values.self_attention_cache
             attention_mask = create_causal_mask(
-                config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=own
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=own,
             )
             if encoder_hidden_states is not None:
                 memory_mask = create_bidirectional_mask(
@@ -453,8 +456,8 @@ class TCSPT5ForConditionalGeneration(_EncoderDecoder, T5ForConditionalGeneration
         super().__init__(config)
         if config.tie_lm_head and config.encoder_hidden_size is not None:
             raise ValueError(
-                f"tie_lm_head is True, but encoder_hidden_size is {config.encoder_hidden_size}: encoder and decoder have "
-                "their own embedding tables; allowed: tie_lm_head=False."
+                f"tie_lm_head is True, but encoder_hidden_size is {config.encoder_hidden_size}: encoder and decoder "
+                "have their own embedding tables; allowed: tie_lm_head=False."
             )
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_lm_head:

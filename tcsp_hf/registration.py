@@ -1,5 +1,8 @@
 """Registers the compressed architectures with transformers' Auto classes."""
 
+from types import ModuleType
+from typing import Any
+
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
@@ -7,7 +10,7 @@ from . import modeling_tcsp_bert, modeling_tcsp_t5
 from .configuration_tcsp_bert import TCSPBertConfig
 from .configuration_tcsp_t5 import TCSPT5Config
 
-FAMILIES = {
+FAMILIES: dict[Any, tuple[ModuleType, Any]] = {
     TCSPBertConfig: (modeling_tcsp_bert, modeling_tcsp_bert.TCSPBertPreTrainedModel),
     TCSPT5Config: (modeling_tcsp_t5, modeling_tcsp_t5.TCSPT5PreTrainedModel),
 }

@@ -116,7 +116,9 @@ def _token_rows(items: Iterable[Any]) -> Iterator[Row]:
 
 def _text_rows(items: Iterable[Any], first: Any, options: InputOptions) -> Iterator[Row]:
     if options.tokenizer is None:
-        raise TCSPError("data holds texts, so a tokenizer is needed: pass tokenizer=AutoTokenizer.from_pretrained(...).")
+        raise TCSPError(
+            "data holds texts, so a tokenizer is needed: pass tokenizer=AutoTokenizer.from_pretrained(...)."
+        )
     columns = _columns(first, options.text_columns)
     for chunk in _chunks(items, 256):
         texts = [_texts(item, columns) for item in chunk]
@@ -159,11 +161,9 @@ def _columns(first: Any, wanted: tuple[str, ...] | None) -> tuple[str, ...] | No
 
 
 def _texts(item: Any, columns: tuple[str, ...] | None) -> tuple[str, ...]:
-    parts: Sequence[Any]
     if columns is not None:
-        parts = [item[name] for name in columns]
-    else:
-        parts = [item] if isinstance(item, str) else item
+        item = [item[name] for name in columns]
+    parts: Sequence[Any] = [item] if isinstance(item, str) else item
     good = isinstance(parts, (list, tuple)) and 1 <= len(parts) <= 2 and all(isinstance(part, str) for part in parts)
     if not good:
         raise TCSPError(f"data holds {item!r}; every item must be a string or a pair of strings.")
@@ -172,7 +172,12 @@ def _texts(item: Any, columns: tuple[str, ...] | None) -> tuple[str, ...]:
 
 def _collate(rows: list[Row], pad_token_id: int) -> Batch:
     batch: Batch = {}
-    padding = {"input_ids": pad_token_id, "token_type_ids": 0, "labels": -100, "decoder_input_ids": pad_token_id}
+    padding = {
+        "input_ids": pad_token_id,
+        "token_type_ids": 0,
+        "labels": -100,
+        "decoder_input_ids": pad_token_id,
+    }
     for name, pad in padding.items():
         if all(name in row for row in rows):
             length = max(1, *(len(row[name]) for row in rows))

@@ -123,9 +123,7 @@ def seq2seq_lm(model: PreTrainedModel, outputs: Any, batch: dict[str, torch.Tens
 def embedding(pooling: str) -> Callable[..., torch.Tensor]:
     """Random unit probes against the L2-normalised pooled output (batch, D)."""
 
-    def objective(
-        model: PreTrainedModel, outputs: Any, batch: dict[str, torch.Tensor], draws: Draws
-    ) -> torch.Tensor:
+    def objective(model: PreTrainedModel, outputs: Any, batch: dict[str, torch.Tensor], draws: Draws) -> torch.Tensor:
         hidden = _upcast(outputs.last_hidden_state)
         mask = batch.get("decoder_attention_mask", batch["attention_mask"])
         if pooling == "pooler":

@@ -65,7 +65,11 @@ def calibrate(
         TCSPError: an unsupported model, empty or unusable data, or a NaN or infinity in the hidden states.
     """
     family, head = family_of(model)
-    for name, value in (("batch_size", batch_size), ("max_sequences", max_sequences), ("max_length", max_length)):
+    for name, value in (
+        ("batch_size", batch_size),
+        ("max_sequences", max_sequences),
+        ("max_length", max_length),
+    ):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise TCSPError(f"{name} is {value!r}; it must be a positive integer.")
     name, objective = objective_of(model, pooling)
@@ -153,7 +157,12 @@ def _sequence_keys(batch: Batch, seed: int) -> list[int]:
 
 
 def _prepare(
-    model: PreTrainedModel, head: str, batch: Batch, draws: Draws, mask_token: int | None, max_target_length: int
+    model: Any,
+    head: str,
+    batch: Batch,
+    draws: Draws,
+    mask_token: int | None,
+    max_target_length: int,
 ) -> Batch:
     """Inputs on the model's device, with masks filled in, decoder inputs made, and tokens masked for MLM heads."""
     device = model.get_input_embeddings().weight.device
@@ -190,7 +199,7 @@ def _add_decoder_inputs(model: PreTrainedModel, head: str, inputs: Batch, max_ta
     inputs["decoder_attention_mask"] = mask
 
 
-def _greedy(model: PreTrainedModel, inputs: Batch, max_target_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _greedy(model: Any, inputs: Batch, max_target_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The model's own greedy output (batch, length) and the mask of its real tokens, the end token included."""
     with torch.no_grad():
         generated = model.generate(
@@ -275,9 +284,9 @@ class _Recorder:
         if self._fisher and output.requires_grad:
             output.register_hook(partial(self._backward, site, module))
 
-    def _backward(self, site: Site, module: nn.Module, gradient: torch.Tensor) -> None:
+    def _backward(self, site: Site, module: Any, gradient: torch.Tensor) -> None:
         wide = gradient if gradient.dtype == torch.float64 else gradient.float()
-        weight: torch.Tensor = module.weight.detach()  # type: ignore[assignment]
+        weight = module.weight.detach()
         rows = (wide * (weight.to(wide) / self._scale))[self._masks[site.stack]]
         _add_outer(self._fishers, site.name, rows, self._size)
 
@@ -299,8 +308,8 @@ def _add_outer(sums: dict[str, torch.Tensor], name: str, rows: torch.Tensor, siz
     """
     if not torch.isfinite(rows.sum()):
         raise TCSPError(
-            f"The hidden states or gradients at site {name!r} hold a NaN or an infinity: check the weights, or load the "
-            "model in float32."
+            f"The hidden states or gradients at site {name!r} hold a NaN or an infinity: check the weights, or "
+            "load the model in float32."
         )
     if rows.device.type == "mps":  # has no float64
         rows = rows.cpu()

@@ -134,7 +134,7 @@ class Calibration:
             sites=sites,
         )
 
-    def save(self, folder: str | os.PathLike, overwrite: bool = False) -> None:
+    def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write `calibration.safetensors` (upper triangles) and `calibration.json` into a new folder, whole or not
         at all.
 
@@ -165,7 +165,7 @@ class Calibration:
             (staging / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> "Calibration":
+    def load(cls, folder: str | os.PathLike[str]) -> "Calibration":
         """Read what `save` wrote; every number is checked.
 
         Raises:

@@ -42,11 +42,15 @@ def project(dense: PreTrainedModel, config: TCSPBertConfig, bases: dict[str, Bas
         return source[f"{prefix}{name}.weight"], source[f"{prefix}{name}.bias"]
 
     def norm_scale(basis: Basis) -> torch.Tensor:
-        return torch.full((basis.size,), math.sqrt(basis.gain * config.dense_hidden_size / basis.size))
+        scale = math.sqrt(basis.gain * config.dense_hidden_size / basis.size)
+        return torch.full((basis.size,), scale, dtype=torch.float64)
 
     def reader(name: str, gamma: torch.Tensor, beta: torch.Tensor, basis: Basis) -> Tensors:
         weight = source[f"{name}.weight"]
-        return {"weight": weight @ (gamma[:, None] * basis.decoder), "bias": source[f"{name}.bias"] + weight @ beta}
+        return {
+            "weight": weight @ (gamma[:, None] * basis.decoder),
+            "bias": source[f"{name}.bias"] + weight @ beta,
+        }
 
     first = bases[names[0]]
     for table in ("word_embeddings", "position_embeddings", "token_type_embeddings"):

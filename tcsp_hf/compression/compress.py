@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..architectures import dense_hidden_size, family_of, sites_of
@@ -18,13 +18,21 @@ from ..configuration_tcsp_bert import TCSPBertConfig
 from ..configuration_tcsp_t5 import TCSPT5Config
 from ..errors import TCSPError
 from . import bert, t5
-from .sizes import count_parameters, meta_count, size_table
+from .sizes import ParameterCount, count_parameters, meta_count, size_table
 from .subspace import Basis, Spectrum, make_basis, spectrum
 
 logger = logging.getLogger("tcsp_hf")
 
 DEFAULT_KIND = {"bert": "per_site", "t5": "shared"}
-_NOT_COPIED = ("model_type", "architectures", "transformers_version", "auto_map", "dtype", "torch_dtype", "_name_or_path")
+_NOT_COPIED = (
+    "model_type",
+    "architectures",
+    "transformers_version",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+)
 
 
 def compress(
@@ -109,14 +117,41 @@ def compress(
     return small
 
 
+@dataclass(frozen=True)
+class WidthRow:
+    """What one hidden size would leave: parameters in all and without embeddings, and the fraction removed."""
+
+    hidden_size: int
+    total: int
+    non_embedding: int
+    removed: float
+
+
+def width_table(model: PreTrainedModel, steps: int = 12) -> list[WidthRow]:
+    """What hidden sizes from D down would cost; `model` may be on the meta device.
+
+    Raises:
+        TCSPError: an unsupported architecture.
+    """
+    family, head = family_of(model)
+    full = dense_hidden_size(model)
+    builder = _Builder(model, family, head, DEFAULT_KIND[family], min(8, full))
+    sites = [site.name for site in sites_of(model)]
+    before = count_parameters(model).non_embedding
+    widths = sorted({builder.round_up(max(1, full * i // steps), quiet=True) for i in range(1, steps + 1)})
+    rows = []
+    for width in reversed(widths):
+        count = builder.count({name: width for name in sites})
+        rows.append(WidthRow(width, count.total, count.non_embedding, 1.0 - count.non_embedding / before))
+    return rows
+
+
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise TCSPError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}.")
 
 
-def _check_request(
-    full: int, hidden_size: Any, energy: Any, remove: Any, epsilon: Any, multiple_of: Any
-) -> None:
+def _check_request(full: int, hidden_size: Any, energy: Any, remove: Any, epsilon: Any, multiple_of: Any) -> None:
     given = {"hidden_size": hidden_size, "energy": energy, "remove": remove}
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
@@ -217,6 +252,10 @@ class _Builder:
         config._attn_implementation = self.dense.config._attn_implementation
         return config
 
+    def count(self, widths: dict[str, int]) -> ParameterCount:
+        """Parameters that the model of these widths would have."""
+        return meta_count(self.model_class, self.config(widths))
+
     def width_for_removal(self, sites: list[str], remove: float) -> int:
         """Largest width, a multiple or D, that removes at least this fraction.
 
@@ -227,14 +266,13 @@ class _Builder:
         candidates = sorted({*range(self.multiple_of, self.full + 1, self.multiple_of), self.full})
 
         def removed(width: int) -> float:
-            after = meta_count(self.model_class, self.config({name: width for name in sites})).non_embedding
-            return 1.0 - after / before
+            return 1.0 - self.count({name: width for name in sites}).non_embedding / before
 
         most = removed(candidates[0])
         if most < remove:
             raise TCSPError(
-                f"remove={remove} cannot be reached through the hidden size alone: the smallest width, {candidates[0]}, "
-                f"removes {most:.3f}. Ask for at most that."
+                f"remove={remove} cannot be reached through the hidden size alone: the smallest width, "
+                f"{candidates[0]}, removes {most:.3f}. Ask for at most that."
             )
         low, high = 0, len(candidates)  # candidates[low] removes enough, candidates[high] does not
         while high - low > 1:
@@ -277,7 +315,7 @@ class _Builder:
             small.generation_config = copy.deepcopy(self.dense.generation_config)
         return small.eval()
 
-    def _load(self, small: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+    def _load(self, small: Any, tensors: dict[str, torch.Tensor]) -> None:
         """Put the projected tensors into the model, in the dense model's dtypes, on its device."""
         broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
         if broken:

@@ -1,6 +1,7 @@
 """Counting: parameters before and after, with and without embeddings."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -97,7 +98,7 @@ def _by_place(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def meta_count(model_class: type[PreTrainedModel], config: object) -> ParameterCount:
+def meta_count(model_class: type[PreTrainedModel], config: Any) -> ParameterCount:
     """Parameters that a model of this configuration would have; takes no memory."""
     with torch.device("meta"):
         return count_parameters(model_class(config))

@@ -38,7 +38,8 @@ def project(dense: PreTrainedModel, config: TCSPT5Config, bases: dict[str, Basis
     size = config.dense_hidden_size
 
     def norm_scale(basis: Basis) -> torch.Tensor:
-        return torch.full((basis.size,), math.sqrt(basis.gain * size / basis.size))
+        scale = math.sqrt(basis.gain * size / basis.size)
+        return torch.full((basis.size,), scale, dtype=torch.float64)
 
     stacks = [stack for stack in ("encoder", "decoder") if f"{stack}.final" in bases]
     table = source[f"{prefix}shared.weight"]

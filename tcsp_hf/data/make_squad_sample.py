@@ -92,9 +92,7 @@ def draw_squad_sample(
     for _, text, question in validation:
         asked_about.setdefault(question, set()).add(text)
     about_one = (
-        (text, question)
-        for _, text, question in validation
-        if text in index and len(asked_about[question]) == 1
+        (text, question) for _, text, question in validation if text in index and len(asked_about[question]) == 1
     )
     asked = draw_evenly(about_one, questions, seed, at_most=2)
     return SquadSample(
@@ -116,9 +114,7 @@ def write_squad_sample(sample: SquadSample, path: Path) -> None:
 def main(
     source: Annotated[
         Path | None,
-        typer.Option(
-            envvar="TCSP_DATA_DIR", help="Folder with the two parquet files. Default: the Hub's copy."
-        ),
+        typer.Option(envvar="TCSP_DATA_DIR", help="Folder with the two parquet files. Default: the Hub's copy."),
     ] = None,
     output: Annotated[Path, typer.Option(help="File to write.")] = SAMPLE_PATH,
 ) -> None:

@@ -1,0 +1,72 @@
+"""What the commands share: options, tables, output."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from ..errors import TCSPError
+
+ModelArgument = Annotated[str, typer.Argument(help="Name on the Hub, or a folder.", show_default=False)]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="Text to calibrate on: a file (.parquet, .json, .csv, .txt), a folder of splits, a GLUE task (sst2), "
+        "squad, a Hub dataset (owner/name or owner/name:config), or squad-sample, which the package carries. Labels are "
+        "never read.",
+    ),
+]
+SplitOption = Annotated[str, typer.Option(help="Split of the data.")]
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option("--text-columns", help="One or two column names, with a comma; found by name otherwise."),
+]
+SequencesOption = Annotated[int, typer.Option("--max-sequences", help="Sequences to calibrate on.", min=1)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of a table.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is not empty.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's own).")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+
+
+def progress_of(quiet: bool, as_json: bool = False) -> bool | None:
+    """False: no bars, transformers' included; None: bars on a terminal only."""
+    if quiet or as_json:
+        disable_progress_bar()
+        return False
+    return None
+
+
+def columns_of(value: str | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    names = tuple(name.strip() for name in value.split(","))
+    if not 1 <= len(names) <= 2 or not all(names):
+        raise TCSPError(f"--text-columns is {value!r}; it must be one or two names separated by a comma.")
+    return names
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]], note: str | None = None) -> None:
+    """A table on standard output; every column but the first is right-aligned."""
+    table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    console.print(table)
+
+
+def folder_bytes(folder: Path, pattern: str = "*.safetensors") -> int:
+    """Size of the weight files in a folder."""
+    return sum(path.stat().st_size for path in folder.glob(pattern))

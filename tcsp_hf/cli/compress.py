@@ -1,0 +1,112 @@
+"""`tcsp compress`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..calibration import Calibration, calibrate
+from ..compression import compress, count_parameters, removed_fraction, size_table
+from ..data.sources import SAMPLE, load_data
+from ..errors import TCSPError
+from ..files import check_output_folder, new_folder
+from ..loading import load_model, load_tokenizer
+from .common import (
+    ColumnsOption,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    OverwriteOption,
+    QuietOption,
+    SequencesOption,
+    SplitOption,
+    columns_of,
+    print_json,
+    print_table,
+    progress_of,
+)
+
+
+def compress_command(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the compressed model.")],
+    hidden_size: Annotated[int | None, typer.Option(help="Width of the stream at every site.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Fraction of the energy to keep at every site.")] = None,
+    remove: Annotated[
+        float | None, typer.Option(help="Fraction of the parameters (embeddings apart) to remove.")
+    ] = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(help="Statistics from `tcsp calibrate`; without them, calibrates on --data first."),
+    ] = None,
+    projection: Annotated[
+        str | None,
+        typer.Option(help="per_site or shared (the paper's); per_site for BERT, shared for T5 by default."),
+    ] = None,
+    subspace: Annotated[str, typer.Option(help="balanced, or pca (the paper's).")] = "balanced",
+    multiple_of: Annotated[int, typer.Option(help="Widths are rounded up to a multiple of this.", min=1)] = 8,
+    data: DataOption = SAMPLE,
+    split: SplitOption = "train",
+    text_columns: ColumnsOption = None,
+    max_sequences: SequencesOption = 2000,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a smaller model, with its tokenizer, that AutoModel.from_pretrained loads.
+
+    Give one of --hidden-size, --energy and --remove.
+
+    Example: tcsp compress my-org/my-classifier --stats stats/ --remove 0.25 -o small/
+    """
+    if sum(value is not None for value in (hidden_size, energy, remove)) != 1:
+        raise TCSPError("Give exactly one of --hidden-size, --energy and --remove.")
+    check_output_folder(output, overwrite)
+    columns = columns_of(text_columns)
+    found = None if stats is None else Calibration.load(stats)
+    texts = load_data(data, split) if found is None else None
+    dense = load_model(model, dtype, device)
+    tokenizer = load_tokenizer(model)
+    if found is None:
+        found = calibrate(
+            dense,
+            texts,
+            tokenizer=tokenizer,
+            max_sequences=max_sequences,
+            text_columns=columns,
+            fisher=subspace == "balanced",
+            progress=progress_of(quiet, as_json),
+        )
+    small = compress(
+        dense,
+        found,
+        hidden_size=hidden_size,
+        energy=energy,
+        remove=remove,
+        projection=projection,
+        subspace=subspace,
+        multiple_of=multiple_of,
+    )
+    with new_folder(output, overwrite) as staging:
+        small.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+    before, after = count_parameters(dense), count_parameters(small)
+    if as_json:
+        print_json(
+            {
+                "output": str(output),
+                "removed": removed_fraction(dense, small),
+                "parameters": {"before": before.total, "after": after.total},
+                "non_embedding_parameters": {"before": before.non_embedding, "after": after.non_embedding},
+                "projection": small.config.projection,
+            }
+        )
+        return
+    rows = [
+        [name, f"{b:,}", f"{a:,}", f"{1 - a / b:.1%}" if b else "-"] for name, b, a in size_table(dense, small).rows
+    ]
+    print_table(f"{model} -> {output}", ["parameters", "before", "after", "removed"], rows)

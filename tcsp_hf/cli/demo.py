@@ -1,0 +1,199 @@
+"""`tcsp demo`: the main job on a real model and real text."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoModel, PreTrainedModel
+
+from ..calibration import calibrate
+from ..compression import compress, count_parameters, removed_fraction
+from ..data import SquadSample, load_squad_sample
+from ..errors import TCSPError
+from ..evaluation.embeddings import embed, recall_at
+from ..evaluation.latency import compare_latency
+from ..files import check_output_folder, new_folder
+from ..loading import demo_model_path, load_model, load_tokenizer
+from ..plots import demo_picture, require_matplotlib
+from .common import (
+    JsonOption,
+    OverwriteOption,
+    QuietOption,
+    folder_bytes,
+    print_json,
+    print_table,
+    progress_of,
+)
+
+_LATENCY_SHAPES = ((1, 32), (8, 128))
+
+
+def demo_command(
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the model and the picture.")] = Path(
+        "tcsp-demo"
+    ),
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or Hub name of a BERT sentence encoder; all-MiniLM-L6-v2 by default.",
+            show_default=False,
+        ),
+    ] = None,
+    remove: Annotated[float, typer.Option(help="Fraction of the parameters (embeddings apart) to remove.")] = 0.25,
+    paragraphs: Annotated[int, typer.Option(help="Calibration paragraphs, at most 400.", min=8, max=400)] = 300,
+    questions: Annotated[int, typer.Option(help="Test questions, at most 1000.", min=10, max=1000)] = 1000,
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress a sentence encoder with no label and no training, reload it with AutoModel, and compare.
+
+    Calibrates on paragraphs of SQuAD v1.1 that the package carries (CC BY-SA 4.0), then asks 1,000 questions about
+    600 other paragraphs, of other articles, before and after. Under two minutes on two cores.
+    """
+    check_output_folder(output, overwrite)
+    picture = _picture_possible()
+    started = time.perf_counter()
+    torch.manual_seed(0)  # of the random tokens that latency is measured on
+    name = model if model is not None else demo_model_path()
+    sample = load_squad_sample()
+    dense = load_model(name)
+    tokenizer = load_tokenizer(name)
+    bars = progress_of(quiet, as_json)
+    stats = calibrate(dense, sample.calibration[:paragraphs], tokenizer=tokenizer, max_length=256, progress=bars)
+    calibrated = time.perf_counter() - started
+    small = compress(dense, stats, remove=remove)
+    widths = dict(small.config.site_widths())
+
+    with new_folder(output, overwrite) as staging:
+        small.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        dense.save_pretrained(staging / "dense")  # the same dtype on disk, to compare bytes
+        dense_bytes = folder_bytes(staging / "dense")
+        _remove_folder(staging / "dense")
+        reloaded = AutoModel.from_pretrained(staging, dtype=torch.float32).eval()
+        result = _compare(dense, reloaded, tokenizer, sample, questions, bars)
+        result["bytes"] = (dense_bytes, folder_bytes(staging))
+        if picture:
+            demo_picture(staging / "demo.png", stats, widths, _bars(result))
+    result["removed"] = removed_fraction(dense, small)
+    result["hidden_size"] = (dense.config.hidden_size, small.config.hidden_size)
+    result["seconds"] = {"calibrate": calibrated, "all": time.perf_counter() - started}
+    _show(name, output, stats.tokens, result, picture, as_json)
+
+
+def _picture_possible() -> bool:
+    try:
+        require_matplotlib()
+    except TCSPError:
+        return False
+    return True
+
+
+def _remove_folder(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+def _compare(
+    dense: PreTrainedModel,
+    small: PreTrainedModel,
+    tokenizer: Any,
+    sample: SquadSample,
+    questions: int,
+    bars: bool | None,
+) -> dict[str, Any]:
+    asked, answers = sample.questions[:questions], sample.answers_in[:questions]
+    embeddings = {}
+    for label, model in (("dense", dense), ("small", small)):
+        for kind, texts in (("paragraphs", sample.paragraphs), ("questions", asked)):
+            embeddings[label, kind] = embed(model, tokenizer, texts, progress=bars, description=f"{label} {kind}")
+    result: dict[str, Any] = {}
+    for label in ("dense", "small"):
+        result[f"recall_{label}"] = recall_at(
+            embeddings[label, "questions"], embeddings[label, "paragraphs"], answers, (1, 10)
+        )
+    result["recall_small_on_dense_index"] = recall_at(
+        embeddings["small", "questions"], embeddings["dense", "paragraphs"], answers, (1, 10)
+    )
+    cosines = (embeddings["dense", "paragraphs"] * embeddings["small", "paragraphs"]).sum(1)
+    result["cosine"] = float(cosines.mean())
+    result["parameters"] = (count_parameters(dense).total, count_parameters(small).total)
+    result["non_embedding_parameters"] = (
+        count_parameters(dense).non_embedding,
+        count_parameters(small).non_embedding,
+    )
+    pairs = [compare_latency(dense, small, batch, length) for batch, length in _LATENCY_SHAPES]
+    result["latency"] = [
+        {
+            "batch": p.batch,
+            "length": p.length,
+            "dense_ms": p.dense_ms,
+            "small_ms": p.small_ms,
+            "speedup": p.speedup,
+        }
+        for p in pairs
+    ]
+    return result
+
+
+def _bars(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    bars = {
+        "parameters": result["parameters"],
+        "without embeddings": result["non_embedding_parameters"],
+        "bytes on disk": result["bytes"],
+    }
+    for entry in result["latency"]:
+        bars[f"latency {entry['batch']}×{entry['length']}"] = (entry["dense_ms"], entry["small_ms"])
+    for i, rank in enumerate((1, 10)):
+        bars[f"recall@{rank}"] = (result["recall_dense"][i], result["recall_small"][i])
+    return bars
+
+
+def _show(name: str, output: Path, tokens: int, result: dict[str, Any], picture: bool, as_json: bool) -> None:
+    if as_json:
+        print_json({"model": name, "output": str(output), "calibration_tokens": tokens, **result})
+        return
+    dense_width, small_width = result["hidden_size"]
+    rows = [["hidden size", str(dense_width), str(small_width), ""]]
+    for label, key in (("parameters", "parameters"), ("  without embeddings", "non_embedding_parameters")):
+        before, after = result[key]
+        rows.append([label, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}"])
+    before, after = result["bytes"]
+    rows.append(["bytes on disk", f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}"])
+    for entry in result["latency"]:
+        rows.append(
+            [
+                f"latency, {entry['batch']} x {entry['length']} tokens",
+                f"{entry['dense_ms']:.1f} ms",
+                f"{entry['small_ms']:.1f} ms",
+                f"{entry['speedup']:.2f} x faster",
+            ]
+        )
+    for i, rank in enumerate((1, 10)):
+        dense, small = result["recall_dense"][i], result["recall_small"][i]
+        rows.append([f"SQuAD recall@{rank}", f"{dense:.1%}", f"{small:.1%}", f"{100 * (small - dense):+.1f} points"])
+    dense, small = result["recall_dense"][0], result["recall_small_on_dense_index"][0]
+    rows.append(
+        [
+            "recall@1, small queries, dense index",
+            f"{dense:.1%}",
+            f"{small:.1%}",
+            f"{100 * (small - dense):+.1f} points",
+        ]
+    )
+    rows.append(["cosine to the dense embeddings", "1", f"{result['cosine']:.4f}", ""])
+    seconds = result["seconds"]
+    note = (
+        f"{tokens:,} calibration tokens, no label, no training; {seconds['all']:.0f} s in all "
+        f"({torch.get_num_threads()} threads). Medians of alternating runs."
+    )
+    print_table(f"{name}: {result['removed']:.1%} removed", ["", "dense", "compressed", "change"], rows, note)
+    typer.echo(f"Model: {output}  (transformers: import tcsp_hf; AutoModel.from_pretrained({str(output)!r}))")
+    if picture:
+        typer.echo(f"Picture: {output / 'demo.png'}")
+    else:
+        typer.echo("No picture: pip install 'tcsp_hf[plots]' for one.")

@@ -1,0 +1,54 @@
+"""`tcsp`: the entry point and its commands."""
+
+import logging
+import sys
+
+import typer
+from transformers.utils.logging import disable_progress_bar
+
+from ..errors import TCSPError
+from ..version import __version__
+from .calibrate import calibrate_command
+from .compress import compress_command
+from .demo import demo_command
+from .inspect import inspect_command
+
+app = typer.Typer(
+    name="tcsp",
+    help="Make BERT and T5 smaller by shrinking their hidden size, without labels and without training.\n\n"
+    "Start with [bold]tcsp demo[/bold]. Then: [bold]tcsp inspect MODEL[/bold] shows what a width would save, "
+    "[bold]tcsp calibrate MODEL[/bold] collects statistics once, and [bold]tcsp compress MODEL[/bold] cuts any size "
+    "from them. The result loads with transformers' AutoModel.from_pretrained.",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("demo")(demo_command)
+app.command("calibrate")(calibrate_command)
+app.command("compress")(compress_command)
+app.command("inspect")(inspect_command)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+
+
+def run() -> None:
+    """Run the command line; a bad request ends with its message and status 2, never with a traceback."""
+    try:
+        app()
+    except TCSPError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,88 @@
+"""Finds text by name: a local file or folder, a folder of local copies, or the Hub.
+
+`TCSP_DATA_DIR` names a folder of local copies laid out as `glue/<task>/<split>.parquet` and
+`squad/<split>.parquet`; without it the Hub's `nyu-mll/glue` and `rajpurkar/squad` are used.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import TCSPError
+from . import load_squad_sample
+
+GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
+SQUAD_SETS = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
+SAMPLE = "squad-sample"
+_READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
+
+
+def load_data(name: str, split: str = "train") -> Any:
+    """A `datasets.Dataset`, or a list of strings for the packaged sample.
+
+    Args:
+        name: `"squad-sample"` (carried in the package), a GLUE task (`"sst2"`), `"squad"`, `"squad_v2"`, a file
+            (.parquet, .json, .jsonl, .csv, .txt), a folder of such files, or any dataset name of the Hub
+            (`"owner/name"` or `"owner/name:config"`).
+        split: which split; for files and folders of files only "train" exists unless a file is called so.
+
+    Raises:
+        TCSPError: nothing was found; the message says what was looked for.
+    """
+    if name == SAMPLE:
+        return load_squad_sample().calibration
+    path = Path(name)
+    if path.is_file():
+        return _read(path)
+    if path.is_dir():
+        return _from_folder(path, split)
+    local = os.environ.get("TCSP_DATA_DIR")
+    known = name in GLUE_TASKS or name in SQUAD_SETS
+    if local and known:
+        return _from_folder(Path(local) / (f"glue/{name}" if name in GLUE_TASKS else name), split)
+    if not known and "/" not in name:
+        raise TCSPError(
+            f"There is no data {name!r}: name a file, a folder, {SAMPLE!r}, one of "
+            f"{', '.join([*GLUE_TASKS, *SQUAD_SETS])}, or a dataset of the Hub as owner/name."
+        )
+    from datasets import load_dataset
+
+    if name in GLUE_TASKS:
+        repository, config = "nyu-mll/glue", name
+    elif name in SQUAD_SETS:
+        repository, config = SQUAD_SETS[name], None
+    else:
+        repository, _, config = name.partition(":")
+    try:
+        return load_dataset(repository, config or None, split=split)
+    except Exception as error:  # the Hub client's errors are many; all mean "not readable"
+        raise TCSPError(
+            f"The dataset {name!r} (split {split!r}) could not be read from the Hub: {error}. A local copy can be "
+            "given as a path, or through TCSP_DATA_DIR."
+        ) from error
+
+
+def _from_folder(folder: Path, split: str) -> Any:
+    for suffix in _READERS:
+        if (folder / f"{split}{suffix}").is_file():
+            return _read(folder / f"{split}{suffix}")
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in _READERS) if folder.is_dir() else []
+    raise TCSPError(f"{folder} has no split {split!r}; it holds: {', '.join(found) or 'no data files'}.")
+
+
+def _read(path: Path) -> Any:
+    from datasets import Dataset
+
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise TCSPError(f"{path} is no data file; allowed: {', '.join(_READERS)}.")
+    readers = {
+        "parquet": Dataset.from_parquet,
+        "json": Dataset.from_json,
+        "csv": Dataset.from_csv,
+        "text": Dataset.from_text,
+    }
+    try:
+        return readers[reader](str(path))
+    except Exception as error:
+        raise TCSPError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,58 @@
+"""Sentence embeddings of dense and compressed encoders, and retrieval with them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+
+@torch.no_grad()
+def embed(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 32,
+    max_length: int = 256,
+    progress: bool | None = False,
+    description: str = "embed",
+) -> torch.Tensor:
+    """Mean-pooled, L2-normalised embeddings (texts, D) in the dense model's space.
+
+    A compressed model's pooled output is mapped back with `model.lift`: once per text, after pooling (the map is
+    affine, and so is the mean).
+    """
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    found: list[torch.Tensor | None] = [None] * len(texts)
+    bar = tqdm(total=len(texts), unit="text", desc=description, disable=None if progress is None else not progress)
+    with bar:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = tokenizer(
+                [texts[i] for i in chosen],
+                padding=True,
+                truncation=True,
+                max_length=max_length,
+                return_tensors="pt",
+            ).to(model.device)
+            hidden = model(**batch).last_hidden_state
+            weights = batch["attention_mask"].to(hidden).unsqueeze(-1)
+            pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+            if hasattr(model, "lift"):
+                pooled = model.lift(pooled)
+            for i, row in zip(chosen, nn.functional.normalize(pooled.float(), dim=-1).cpu(), strict=True):
+                found[i] = row
+            bar.update(len(chosen))
+    return torch.stack([row for row in found if row is not None])
+
+
+def recall_at(
+    queries: torch.Tensor, documents: torch.Tensor, answers: Sequence[int], ranks: Sequence[int]
+) -> list[float]:
+    """Share of queries (q, D) whose document is among the `rank` nearest of documents (d, D) by inner product."""
+    scores = queries @ documents.T
+    wanted = scores.gather(1, torch.tensor(answers).unsqueeze(1))
+    position = (scores > wanted).sum(1)
+    return [float((position < rank).float().mean()) for rank in ranks]

@@ -1,0 +1,71 @@
+"""Pictures (extra `[plots]`: matplotlib)."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from .calibration import Calibration
+from .compression.subspace import spectrum
+from .errors import TCSPError
+
+
+def require_matplotlib() -> Any:
+    """matplotlib's pyplot without a display.
+
+    Raises:
+        TCSPError: matplotlib is not installed; the message names the extra.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise TCSPError("Pictures need matplotlib: pip install 'tcsp_hf[plots]'.") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def demo_picture(
+    path: str | os.PathLike[str],
+    stats: Calibration,
+    widths: dict[str, int],
+    comparison: dict[str, tuple[float, float]],
+) -> None:
+    """Left: energy that k directions leave out, for every site; right: dense against compressed, in percent.
+
+    Args:
+        path: a .png, .svg or .pdf file.
+        stats: whose spectra are drawn (PCA).
+        widths: site name -> kept width, marked on its curve.
+        comparison: label -> (dense, compressed) figures; bars show compressed / dense.
+    """
+    pyplot = require_matplotlib()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), width_ratios=(3, 2), layout="constrained")
+    names = list(stats.sites)
+    colours = pyplot.get_cmap("viridis")
+    for i, name in enumerate(names):
+        values = spectrum("pca", stats.sites[name].second_moment, None, 1.0).values
+        lost = 1.0 - (values.cumsum(0) / values.sum()).numpy()
+        colour = colours(i / max(1, len(names) - 1))
+        left.semilogy(range(1, len(values)), lost[:-1].clip(1e-9), color=colour, linewidth=1.2)
+        width = widths[name]
+        if width < len(values):
+            left.plot([width], [max(lost[width - 1], 1e-9)], "o", color=colour, markersize=4)
+    left.set_xlabel("directions kept")
+    left.set_ylabel("energy left out")
+    left.set_ylim(1e-5, 1)
+    left.set_title("Spectrum of the hidden states, first site (dark) to last (light)")
+    left.grid(alpha=0.3)
+
+    labels = list(comparison)
+    shares = [100 * small / dense if dense else 0.0 for dense, small in comparison.values()]
+    bars = right.barh(range(len(labels)), shares, color="#33708f")
+    right.bar_label(bars, labels=[f"{share:.0f} %" for share in shares], padding=-36, color="white")
+    right.axvline(100, color="black", linewidth=1)
+    right.set_yticks(range(len(labels)), labels)
+    right.invert_yaxis()
+    right.set_xlim(0, max(115, *shares) * 1.1)
+    right.set_xlabel("compressed, in % of dense")
+    right.set_title("Compressed against dense")
+    figure.savefig(Path(path), dpi=130)
+    pyplot.close(figure)
