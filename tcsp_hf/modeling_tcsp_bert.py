@@ -8,8 +8,9 @@ read `z` (`W diag(gamma) B`), and the sum before the next norm is, in its own su
     y_t = [E_t' M diag(gamma_s) B_s] z_s + E_t' M (W_o a + b_o + beta_s).
 
 The bracket is the *residual map*: gamma and the mean do not commute with a change of basis, so a post-LN model needs
-it; given the map, every site may have its own subspace. The norm of x is estimated from y:
-`z = c_t sqrt(D) y / ||y||`, a root-mean-square norm whose weight starts at `c_t sqrt(D / k_t)`.
+it; given the map, every site may have its own subspace. Between two sites of the dense width it is gamma itself. The
+norm of x is estimated from y: `z = c_t sqrt(D) y / ||y||`, a root-mean-square norm whose weight starts at
+`c_t sqrt(D / k_t)`.
 
 The heads are transformers' own BERT heads over this encoder. Hidden states, `inputs_embeds` and
 `last_hidden_state` are in the coordinates of their sites; `model.lift` maps the last ones back to the dense space.
@@ -45,25 +46,39 @@ from .configuration_tcsp_bert import TCSPBertConfig
 from .modeling_tcsp import TCSPLift, TCSPPreTrainedMixin
 
 
-class TCSPBertRMSNorm(nn.Module):
-    """`z = weight * y / sqrt(mean(y²) + eps)` over the k entries of a site; y, z (..., k)."""
+class TCSPBertSiteNorm(nn.Module):
+    """`z = weight * y / sqrt(mean(y²) + eps)` over the k entries of a site; y, z (..., k).
 
-    def __init__(self, hidden_size: int, eps: float) -> None:
+    A site of the dense width keeps the dense coordinates, and its mean is subtracted first as in the dense
+    LayerNorm; in a subspace the mean is taken out by the weights that write into it.
+    """
+
+    def __init__(self, config: TCSPBertConfig, site: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
+        size = config.site_size(site)
+        self.centred = size == config.dense_hidden_size
+        # the dense epsilon is added to a mean over D entries, this one to a mean over k
+        self.eps = config.layer_norm_eps * config.dense_hidden_size / size
+        self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.centred:
+            return nn.functional.layer_norm(hidden_states, self.weight.shape, self.weight, None, self.eps)
         return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+        return f"{tuple(self.weight.shape)}, eps={self.eps}, centred={self.centred}"
 
 
-def _site_norm(config: TCSPBertConfig, site: int) -> TCSPBertRMSNorm:
-    # the dense epsilon is added to a mean over D entries, this one to a mean over k
-    size = config.site_size(site)
-    return TCSPBertRMSNorm(size, config.layer_norm_eps * config.dense_hidden_size / size)
+class TCSPBertScale(nn.Module):
+    """Residual map between two sites of the dense width: the dense norm's weight, entry by entry."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.weight
 
 
 class TCSPBertEmbeddings(nn.Module):
@@ -75,7 +90,7 @@ class TCSPBertEmbeddings(nn.Module):
         self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
-        self.norm = _site_norm(config, 0)
+        self.norm = TCSPBertSiteNorm(config, 0)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.register_buffer(
             "position_ids", torch.arange(config.max_position_embeddings).expand((1, -1)), persistent=False
@@ -151,8 +166,10 @@ class TCSPBertOutput(nn.Module):
     def __init__(self, config: TCSPBertConfig, in_features: int, site: int) -> None:
         super().__init__()
         self.dense = nn.Linear(in_features, config.site_size(site))
-        self.residual = nn.Linear(config.site_size(site - 1), config.site_size(site), bias=False)
-        self.norm = _site_norm(config, site)
+        here, there = config.site_size(site - 1), config.site_size(site)
+        full = here == there == config.dense_hidden_size
+        self.residual = TCSPBertScale(here) if full else nn.Linear(here, there, bias=False)
+        self.norm = TCSPBertSiteNorm(config, site)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, block_states: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -302,7 +319,9 @@ class TCSPBertPreTrainedModel(TCSPPreTrainedMixin, BertPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, TCSPBertEmbeddings):
+        if isinstance(module, (TCSPBertSiteNorm, TCSPBertScale)):
+            init.ones_(module.weight)
+        elif isinstance(module, TCSPBertEmbeddings):
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
         elif isinstance(module, TCSPLift):
             init.copy_(module.weight, torch.eye(*module.weight.shape))

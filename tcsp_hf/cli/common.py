@@ -18,7 +18,7 @@ DataOption = Annotated[
     typer.Option(
         "--data",
         help="Text to calibrate on: a file (.parquet, .json, .csv, .txt), a folder of splits, a GLUE task (sst2), "
-        "squad, a Hub dataset (owner/name or owner/name:config), or squad-sample, which the package carries. Labels are "
+        "squad, a Hub dataset (owner/name or owner/name:config), or squad-sample (carried in the package). Labels are "
         "never read.",
     ),
 ]

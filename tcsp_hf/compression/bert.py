@@ -75,7 +75,10 @@ def project(dense: PreTrainedModel, config: TCSPBertConfig, bases: dict[str, Bas
             dense_weight = source[f"{layer}.{block}.dense.weight"]
             result[f"{layer}.{block}.dense.weight"] = writer.T @ dense_weight
             result[f"{layer}.{block}.dense.bias"] = writer.T @ (source[f"{layer}.{block}.dense.bias"] + beta)
-            result[f"{layer}.{block}.residual.weight"] = writer.T @ (gamma[:, None] * here.decoder)
+            full = here.size == there.size == config.dense_hidden_size
+            result[f"{layer}.{block}.residual.weight"] = (
+                gamma.clone() if full else writer.T @ (gamma[:, None] * here.decoder)
+            )
             result[f"{layer}.{block}.norm.weight"] = norm_scale(there)
             gamma, beta = norm(f"encoder.layer.{i}.{block}.LayerNorm")
             here = there
