@@ -34,7 +34,10 @@ class TCSPBertConfig(TCSPConfig):
         "projection",
         "source_hidden",
         "site_",
-        "layer_",
+        "layer_intermediate",
+        "layer_attention",
+        "layer_qk",
+        "layer_vo",
         "mlm_",
         "pooler_",
     )

@@ -129,7 +129,7 @@ class TCSPT5Config(TCSPConfig):
             return self.encoder_hidden_size
         return self.d_model
 
-    def norm_epsilon(self, stack: str) -> float:
+    def norm_epsilon_of(self, stack: str) -> float:
         """Epsilon of the stack's norms: the mean of squares is taken over k entries instead of D."""
         return self.layer_norm_epsilon * self.dense_hidden_size / self.stack_width(stack)
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -39,6 +40,8 @@ from transformers.models.t5.modeling_t5 import (
     T5PreTrainedModel,
     eager_attention_forward,
 )
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -124,6 +127,8 @@ class TCSPT5Attention(nn.Module):
         key, value = self._keys_and_values(hidden_states, memory, past_key_values)
         if position_bias is not None and self.kept_heads is not None:
             position_bias = position_bias[:, self.kept_heads]
+        if position_bias is not None and self.config._attn_implementation == "flex_attention":
+            position_bias = position_bias.expand(query.shape[0], -1, -1, -1)  # flex reads the bias of each sequence
         attention: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -145,7 +150,7 @@ class TCSPT5SelfAttentionLayer(nn.Module):
     def __init__(self, config: TCSPT5Config, stack: str, layer_idx: int) -> None:
         super().__init__()
         self.SelfAttention = TCSPT5Attention(config, stack, layer_idx)
-        self.layer_norm = T5LayerNorm(config.stack_width(stack), eps=config.norm_epsilon(stack))
+        self.layer_norm = T5LayerNorm(config.stack_width(stack), eps=config.norm_epsilon_of(stack))
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -157,7 +162,7 @@ class TCSPT5CrossAttentionLayer(nn.Module):
     def __init__(self, config: TCSPT5Config, layer_idx: int) -> None:
         super().__init__()
         self.EncDecAttention = TCSPT5Attention(config, "cross", layer_idx)
-        self.layer_norm = T5LayerNorm(config.stack_width("decoder"), eps=config.norm_epsilon("decoder"))
+        self.layer_norm = T5LayerNorm(config.stack_width("decoder"), eps=config.norm_epsilon_of("decoder"))
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -187,7 +192,7 @@ class TCSPT5Block(GradientCheckpointingLayer):
             dropout_rate=config.dropout_rate,
             dense_act_fn=config.dense_act_fn,
             is_gated_act=config.is_gated_act,
-            layer_norm_epsilon=config.norm_epsilon(stack),
+            layer_norm_epsilon=config.norm_epsilon_of(stack),
         )
         self.layer.append(T5LayerFF(sizes))
 
@@ -296,7 +301,7 @@ class TCSPT5Stack(TCSPT5PreTrainedModel):
         self.is_decoder = config.is_decoder
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.block = nn.ModuleList([TCSPT5Block(config, stack, i) for i in range(config.layers_of(stack))])
-        self.final_layer_norm = T5LayerNorm(width, eps=config.norm_epsilon(stack))
+        self.final_layer_norm = T5LayerNorm(width, eps=config.norm_epsilon_of(stack))
         self.lift_map = TCSPLift(width, config.dense_hidden_size)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.gradient_checkpointing = False
@@ -331,7 +336,7 @@ class TCSPT5Stack(TCSPT5PreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -444,7 +449,7 @@ class TCSPT5Model(_EncoderDecoder, T5Model):
         self.post_init()
 
 
-class TCSPT5ForConditionalGeneration(_EncoderDecoder, T5ForConditionalGeneration):
+class TCSPT5ForConditionalGeneration(_EncoderDecoder, T5ForConditionalGeneration, GenerationMixin):
     _auto_class = "AutoModelForSeq2SeqLM"
     _tied_weights_keys: ClassVar[dict[str, str]] = {
         "encoder.embed_tokens.weight": "shared.weight",
