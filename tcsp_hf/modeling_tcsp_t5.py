@@ -280,6 +280,15 @@ class TCSPT5PreTrainedModel(TCSPPreTrainedMixin, T5PreTrainedModel):
             init.copy_(module.weight, torch.eye(*module.weight.shape))
             init.zeros_(module.bias)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As transformers'; the decoder's own table, where it has one, is resized as well."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        decoder = getattr(self.base_model, "decoder", None)
+        own = decoder is not None and self.config.encoder_hidden_size is not None
+        if own and decoder.embed_tokens.num_embeddings != embeddings.num_embeddings:
+            decoder.resize_token_embeddings(embeddings.num_embeddings)
+        return embeddings
+
     def lift(self, hidden_states: torch.Tensor, stack: str | None = None) -> torch.Tensor:
         """Map a stack's final hidden states (..., k) back to the dense model's (..., D).
 
@@ -427,14 +436,6 @@ class _EncoderDecoder(TCSPT5PreTrainedModel):
         self.encoder.set_input_embeddings(new_embeddings)
         if self.config.encoder_hidden_size is None:
             self.decoder.set_input_embeddings(new_embeddings)
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As transformers'; the decoder's own table, where it has one, is resized as well."""
-        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        own = self.decoder.embed_tokens
-        if self.config.encoder_hidden_size is not None and own.num_embeddings != embeddings.num_embeddings:
-            self.decoder.resize_token_embeddings(embeddings.num_embeddings)
-        return embeddings
 
 
 class TCSPT5Model(_EncoderDecoder, T5Model):

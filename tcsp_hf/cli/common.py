@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import datasets
+import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers.utils.logging import disable_progress_bar
 
 from ..errors import TCSPError
 
@@ -35,10 +36,16 @@ DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or au
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 
 
+def hide_library_bars() -> None:
+    """No progress bars from transformers and datasets."""
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
 def progress_of(quiet: bool, as_json: bool = False) -> bool | None:
-    """False: no bars, transformers' included; None: bars on a terminal only."""
+    """False: no bars, other libraries' included; None: bars on a terminal only."""
     if quiet or as_json:
-        disable_progress_bar()
+        hide_library_bars()
         return False
     return None
 

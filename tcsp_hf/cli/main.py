@@ -4,11 +4,12 @@ import logging
 import sys
 
 import typer
-from transformers.utils.logging import disable_progress_bar
 
 from ..errors import TCSPError
 from ..version import __version__
+from .bench import bench_app
 from .calibrate import calibrate_command
+from .common import hide_library_bars
 from .compress import compress_command
 from .demo import demo_command
 from .inspect import inspect_command
@@ -28,6 +29,7 @@ app.command("demo")(demo_command)
 app.command("calibrate")(calibrate_command)
 app.command("compress")(compress_command)
 app.command("inspect")(inspect_command)
+app.add_typer(bench_app, name="bench")
 
 
 def _version(value: bool) -> None:
@@ -42,7 +44,7 @@ def _options(
 ) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     if not sys.stderr.isatty():
-        disable_progress_bar()
+        hide_library_bars()
 
 
 def run() -> None:
