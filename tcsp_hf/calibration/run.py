@@ -15,6 +15,7 @@ from ..errors import TCSPError
 from .fingerprint import DataFingerprint, model_fingerprint, sequence_hash
 from .inputs import Batch, InputOptions, batches, count_sequences
 from .objectives import Draws, objective_of
+from .sample import NAMES, TokenSample
 from .statistics import Calibration, SiteStatistics
 
 _PANEL = 128
@@ -34,6 +35,7 @@ def calibrate(
     fisher: bool = True,
     pooling: str = "mean",
     max_target_length: int = 32,
+    sample_tokens: int = 65_536,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Calibration:
@@ -55,6 +57,8 @@ def calibrate(
         fisher: also collect Gamma, the second moment of the gradients; `subspace="balanced"` needs it.
         pooling: for models without a head: `"mean"`, `"cls"` or `"pooler"`.
         max_target_length: longest decoder input, in tokens.
+        sample_tokens: keep a sample of the token sequences of at most this many tokens beside the statistics: the
+            refit of `compress` reads it. 0 keeps none (nothing of the text is stored then).
         seed: of the outputs that are drawn from the model's own distribution.
         progress: show a bar; None shows it on a terminal only.
 
@@ -98,6 +102,7 @@ def calibrate(
     )
     recorder = _Recorder(sites_of(model), result.hidden_size, fisher)
     fingerprint = DataFingerprint()
+    sample = TokenSample(sample_tokens)
     mask_token = getattr(tokenizer, "mask_token_id", None) if name in ("masked_lm", "pretraining") else None
     scale = _HALF_LOSS_SCALE if model.dtype == torch.float16 else 1.0
     bar = tqdm(
@@ -120,14 +125,16 @@ def calibrate(
                     if likelihood.requires_grad:
                         (likelihood * scale).backward()
             recorder.stop()
-            for key in keys:
+            for key, rows in zip(keys, _rows(inputs), strict=True):
                 fingerprint.add(key)
+                sample.add(key, rows)
             result.sequences += len(keys)
             bar.update(len(keys))
     if result.sequences == 0:
         raise TCSPError("The calibration data is empty: give at least one sequence.")
     result.data_fingerprint = str(fingerprint)
     result.sites = recorder.statistics()
+    result.sample = sample
     return result
 
 
@@ -154,6 +161,19 @@ def _sequence_keys(batch: Batch, seed: int) -> list[int]:
     mask = batch.get("attention_mask")
     keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     return [sequence_hash(row[kept].tolist(), seed) for row, kept in zip(ids, keep, strict=True)]
+
+
+def _rows(inputs: Batch) -> list[dict[str, list[int]]]:
+    """The real tokens of every sequence of a batch (nothing for nested inputs, such as multiple choice)."""
+    if inputs["input_ids"].dim() != 2:
+        return [{"input_ids": []} for _ in inputs["input_ids"]]
+    rows: list[dict[str, list[int]]] = [{} for _ in inputs["input_ids"]]
+    for name in NAMES:
+        if name in inputs:
+            mask = inputs["decoder_attention_mask" if name.startswith("decoder") else "attention_mask"].bool()
+            for row, values, kept in zip(rows, inputs[name].cpu(), mask.cpu(), strict=True):
+                row[name] = values[kept].tolist()
+    return rows
 
 
 def _prepare(

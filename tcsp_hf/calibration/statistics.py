@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from ..errors import TCSPError
 from ..files import new_folder
 from .fingerprint import DataFingerprint
+from .sample import TokenSample
 
 FORMAT_VERSION = 1
 _TENSORS, _SUMMARY = "calibration.safetensors", "calibration.json"
@@ -65,6 +66,7 @@ class Calibration:
         sequences: number of sequences seen.
         data_fingerprint: order-free hash of them.
         sites: name -> `SiteStatistics`, in the order of the forward pass.
+        sample: a bounded sample of the sequences themselves, which the refit reads.
     """
 
     model_fingerprint: str
@@ -76,6 +78,7 @@ class Calibration:
     sequences: int = 0
     data_fingerprint: str = field(default_factory=lambda: str(DataFingerprint()))
     sites: dict[str, SiteStatistics] = field(default_factory=dict)
+    sample: TokenSample = field(default_factory=lambda: TokenSample(0))
 
     @property
     def tokens(self) -> int:
@@ -132,6 +135,7 @@ class Calibration:
             sequences=sum(part.sequences for part in parts),
             data_fingerprint=str(data),
             sites=sites,
+            sample=TokenSample.merge(part.sample for part in parts),
         )
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -147,6 +151,7 @@ class Calibration:
             tensors[f"{name}.moment_sum"] = site.moment_sum[rows, columns].contiguous()
             if site.fisher_sum is not None:
                 tensors[f"{name}.fisher_sum"] = site.fisher_sum[rows, columns].contiguous()
+        tensors.update(self.sample.tensors())
         with new_folder(folder, overwrite) as staging:
             save_file(tensors, staging / _TENSORS)
             summary = {
@@ -202,7 +207,7 @@ class Calibration:
                 "data_fingerprint",
             )
         }
-        return cls(**fields, sites=sites)
+        return cls(**fields, sites=sites, sample=TokenSample.from_tensors(tensors))
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
