@@ -17,6 +17,26 @@ class TCSPPreTrainedMixin:
 
     auto_map: ClassVar[dict[str, str]] = {}
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`; a checkpoint of this very class must hold every one of its weights.
+
+        With `output_loading_info=True` it is the caller who looks at `missing_keys`.
+
+        Raises:
+            ValueError: some are missing, where transformers alone would warn and go on with random ones.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if output_loading_info:
+            return model, info
+        missing = sorted(info["missing_keys"])
+        if missing and kwargs.get("state_dict") is None and cls.__name__ in (model.config.architectures or ()):
+            raise ValueError(
+                f"The checkpoint lacks {missing[0]} ({len(missing)} of the weights of {cls.__name__} in all): it was "
+                "truncated or altered. Make or download it again."
+            )
+        return model
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, after validating the configuration.
 
