@@ -23,18 +23,27 @@ POOLINGS = ("mean", "cls", "pooler")
 
 
 class Draws:
-    """Random numbers for a batch: row i comes from a generator of its own."""
+    """Random numbers for a batch: row i comes from generators of its own, a fresh one for every call.
+
+    So neither the other rows, nor how many numbers an earlier call took (padding lengthens rows), change anything.
+    """
 
     def __init__(self, keys: Sequence[int]) -> None:
-        self._generators = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
+        self._keys = list(keys)
+        self._calls = 0
+
+    def _generators(self) -> list[np.random.Generator]:
+        counter = self._calls << 192
+        self._calls += 1
+        return [np.random.Generator(np.random.Philox(key=key, counter=counter)) for key in self._keys]
 
     def uniform(self, count: int) -> torch.Tensor:
         """(batch, count) in [0, 1); a longer row begins as a shorter one does, so padding changes nothing."""
-        return torch.from_numpy(np.stack([generator.random(count) for generator in self._generators]))
+        return torch.from_numpy(np.stack([generator.random(count) for generator in self._generators()]))
 
     def normal(self, count: int) -> torch.Tensor:
         """(batch, count) standard normal."""
-        return torch.from_numpy(np.stack([generator.standard_normal(count) for generator in self._generators]))
+        return torch.from_numpy(np.stack([generator.standard_normal(count) for generator in self._generators()]))
 
 
 def sample_categorical(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

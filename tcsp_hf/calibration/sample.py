@@ -1,7 +1,8 @@
 """A bounded sample of the calibration's own token sequences, kept beside the statistics.
 
-The closed-form refit needs inputs, not only moments. The sequences with the smallest hashes are kept until the token
-budget is full: the sample does not depend on order, batching or sharding, and samples of shards merge.
+The closed-form refit needs inputs, not only moments. The sequences with the smallest hashes are kept, up to the first
+hash at which they would exceed the token budget: the sample does not depend on order, batching or sharding, and samples
+of shards merge.
 """
 
 import heapq
@@ -13,6 +14,7 @@ import torch
 from ..errors import TCSPError
 
 NAMES = ("input_ids", "token_type_ids", "decoder_input_ids")
+_NO_LIMIT = 1 << 128  # above every hash
 
 
 @dataclass(order=True)
@@ -31,17 +33,22 @@ class TokenSample:
         self.budget = budget
         self._heap: list[_Entry] = []
         self._tokens = 0
+        self._limit = _NO_LIMIT  # smallest hash that was dropped: nothing from there on is ever kept
 
     def add(self, key: int, rows: dict[str, list[int]]) -> None:
         """Offer one sequence with its hash."""
         size = _length(rows)
-        if size == 0 or size > self.budget:
-            return
-        if self._tokens >= self.budget and self._heap and -key < self._heap[0].rank:
+        if size == 0 or size > self.budget or key >= self._limit:
             return
         heapq.heappush(self._heap, _Entry(-key, rows))
         self._tokens += size
         while self._tokens > self.budget:
+            self._drop_from(-self._heap[0].rank)
+
+    def _drop_from(self, limit: int) -> None:
+        """Forget the sequences whose hashes are `limit` or greater, for good."""
+        self._limit = min(self._limit, limit)
+        while self._heap and -self._heap[0].rank >= self._limit:
             self._tokens -= _length(heapq.heappop(self._heap).rows)
 
     @property
@@ -56,6 +63,7 @@ class TokenSample:
     def merge(cls, parts: Iterable["TokenSample"]) -> "TokenSample":
         parts = list(parts)
         merged = cls(max((part.budget for part in parts), default=0))
+        merged._limit = min((part._limit for part in parts), default=_NO_LIMIT)
         for part in parts:
             for entry in part._heap:
                 merged.add(-entry.rank, entry.rows)
@@ -65,11 +73,11 @@ class TokenSample:
         """Flat int32 tensors and lengths, for safetensors. Hashes are stored as two int64 halves."""
         entries = sorted(self._heap, reverse=True)
         found = {"sample.budget": torch.tensor([self.budget])}
+        if self._limit < _NO_LIMIT:
+            found["sample.limit"] = torch.tensor([_halves(self._limit)])
         if not entries:
             return found
-        keys = [-entry.rank for entry in entries]
-        halves = [[_signed(key >> 64), _signed(key & (1 << 64) - 1)] for key in keys]
-        found["sample.keys"] = torch.tensor(halves)
+        found["sample.keys"] = torch.tensor([_halves(-entry.rank) for entry in entries])
         for name in NAMES:
             if all(name in entry.rows for entry in entries):
                 found[f"sample.{name}"] = torch.tensor(
@@ -87,6 +95,8 @@ class TokenSample:
         """
         budget = tensors.get("sample.budget")
         sample = cls(0 if budget is None else int(budget.reshape(-1)[0]))
+        if "sample.limit" in tensors:
+            sample._limit = _whole(*tensors["sample.limit"].reshape(-1).tolist())
         keys = tensors.get("sample.keys")
         if keys is None:
             return sample
@@ -99,8 +109,8 @@ class TokenSample:
             if not good or lengths is None or int(lengths.sum()) != flat.numel():
                 raise TCSPError(f"The statistics' token sample is damaged: {name} does not fit its lengths.")
             columns[name] = [part.tolist() for part in flat.split(lengths.tolist())]
-        for i, (high, low) in enumerate(keys.tolist()):
-            sample.add(_unsigned(high) << 64 | _unsigned(low), {name: rows[i] for name, rows in columns.items()})
+        for i, halves in enumerate(keys.tolist()):
+            sample.add(_whole(*halves), {name: rows[i] for name, rows in columns.items()})
         return sample
 
 
@@ -108,9 +118,11 @@ def _length(rows: dict[str, list[int]]) -> int:
     return len(rows["input_ids"]) + len(rows.get("decoder_input_ids", ()))
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
+def _halves(key: int) -> list[int]:
+    """A 128-bit hash as two signed 64-bit numbers, the high one first."""
+    return [half - (1 << 64) if half >= 1 << 63 else half for half in (key >> 64, key & (1 << 64) - 1)]
 
 
-def _unsigned(value: int) -> int:
-    return value + (1 << 64) if value < 0 else value
+def _whole(high: int, low: int) -> int:
+    """Inverse of `_halves`."""
+    return (high % (1 << 64)) << 64 | low % (1 << 64)
