@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tcsp_hf.architectures import HEADS, PREFIXES
 from tcsp_hf.calibration import Calibration, calibrate
@@ -325,6 +326,28 @@ def dense_and_statistics(case: Case, dtype: torch.dtype = torch.float64) -> tupl
 def make_small(case: Case, dtype: torch.dtype = torch.float32, hidden_size: int = 16, **kwargs: Any) -> PreTrainedModel:
     """A new compressed model of the case."""
     return compress(*dense_and_statistics(case, dtype), hidden_size=hidden_size, **kwargs)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the tests' vocabulary: six special tokens, then w0, w1, ..."""
+    special = ["[PAD]", "</s>", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = special + [f"w{i}" for i in range(VOCABULARY - len(special))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 3), ("[SEP]", 4)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
 
 
 # Compressed configurations with every size uneven -------------------------------------------------------------------

@@ -6,7 +6,12 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import that reads it: a test never reaches the Hub
 
 import pytest
+import torch
+from common import make_tokenizer
 from hypothesis import settings
+from transformers import PreTrainedTokenizerFast
+from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -26,3 +31,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def shared() -> Path:
     """The folder with `data` and `weights` beside the checkout, for tests marked `shared`."""
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0, w1, ... of the tests' vocabulary; treat it as read-only."""
+    return make_tokenizer()
+
+
+@pytest.fixture
+def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' T5 norm takes the mean of squares in float32, even in a float64 model: here it does not."""
+
+    def forward(self: T5LayerNorm, hidden_states: torch.Tensor) -> torch.Tensor:
+        mean = hidden_states.square().mean(-1, keepdim=True)
+        return self.weight * (hidden_states * torch.rsqrt(mean + self.variance_epsilon))
+
+    monkeypatch.setattr(T5LayerNorm, "forward", forward)
+    monkeypatch.setattr(MT5LayerNorm, "forward", forward)

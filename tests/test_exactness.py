@@ -22,8 +22,6 @@ from common import (
     outputs,
     planted,
 )
-from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
-from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from tcsp_hf.compression import compress
 from tcsp_hf.compression.subspace import Spectrum, make_basis
@@ -31,18 +29,6 @@ from tcsp_hf.compression.subspace import Spectrum, make_basis
 per_case = pytest.mark.parametrize("case", CASES, ids=str)
 K = 16
 EPSILON = {"bert": "layer_norm_eps", "t5": "layer_norm_epsilon"}
-
-
-@pytest.fixture
-def float64_norms(monkeypatch):
-    """transformers' T5 norm takes the mean of squares in float32, even in a float64 model: here it does not."""
-
-    def forward(self, hidden_states):
-        mean = hidden_states.square().mean(-1, keepdim=True)
-        return self.weight * (hidden_states * torch.rsqrt(mean + self.variance_epsilon))
-
-    monkeypatch.setattr(T5LayerNorm, "forward", forward)
-    monkeypatch.setattr(MT5LayerNorm, "forward", forward)
 
 
 @pytest.fixture
