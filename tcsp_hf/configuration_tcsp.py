@@ -186,7 +186,7 @@ class TCSPConfig(PreTrainedConfig):
                 raise ValueError(f"{where} is {site!r}; it must be a dictionary.")
             _check_fields(where, site, _SITE_FIELDS, {})
             check_size(f"{where}.hidden_size", site["hidden_size"])
-            check_number(f"{where}.kept_energy", site["kept_energy"], 0.0)
+            check_number(f"{where}.kept_energy", site["kept_energy"], -math.inf, 1.0)  # oblique: can be below 0
         if type(self) is TCSPConfig:
             return
         stated = {site["name"]: site["hidden_size"] for site in self.projection["sites"]}

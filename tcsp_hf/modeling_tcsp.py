@@ -16,6 +16,8 @@ class TCSPPreTrainedMixin:
     """
 
     auto_map: ClassVar[dict[str, str]] = {}
+    optional_weights: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of weights that a checkpoint may lack; transformers warns of them."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -29,7 +31,7 @@ class TCSPPreTrainedMixin:
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if output_loading_info:
             return model, info
-        missing = sorted(info["missing_keys"])
+        missing = sorted(name for name in info["missing_keys"] if not name.startswith(cls.optional_weights))
         if missing and kwargs.get("state_dict") is None and cls.__name__ in (model.config.architectures or ()):
             raise ValueError(
                 f"The checkpoint lacks {missing[0]} ({len(missing)} of the weights of {cls.__name__} in all): it was "

@@ -345,6 +345,7 @@ class TCSPBertModel(TCSPBertPreTrainedModel):
     """
 
     _auto_class = "AutoModel"
+    optional_weights: ClassVar[tuple[str, ...]] = ("pooler.",)  # a model made with add_pooling_layer=False
 
     def __init__(self, config: TCSPBertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)

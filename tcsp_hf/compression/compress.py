@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -223,8 +224,10 @@ class _Builder:
         return dense_hidden_size(self.dense)
 
     @property
-    def model_class(self) -> type[PreTrainedModel]:
-        return (bert if self.family == "bert" else t5).model_class(self.head)
+    def model_class(self) -> Callable[[Any], PreTrainedModel]:
+        made = (bert if self.family == "bert" else t5).model_class(self.head)
+        bare = self.family == "bert" and self.head == "Model" and self.dense.pooler is None
+        return partial(made, add_pooling_layer=False) if bare else made
 
     def round_up(self, size: int, quiet: bool = False) -> int:
         """The next multiple, at most D."""
@@ -308,6 +311,7 @@ class _Builder:
             tensors = t5.project(self.dense, config, bases)  # type: ignore[arg-type]
         with no_init_weights():
             small = self.model_class(config)
+        small.tie_weights()
         self._load(small, tensors)
         after = count_parameters(small).non_embedding
         small.config.projection["removed"] = round(1.0 - after / count.non_embedding, 6)

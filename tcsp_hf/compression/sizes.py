@@ -1,5 +1,6 @@
 """Counting: parameters before and after, with and without embeddings."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,7 @@ def _by_place(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def meta_count(model_class: type[PreTrainedModel], config: Any) -> ParameterCount:
+def meta_count(model_class: Callable[[Any], PreTrainedModel], config: Any) -> ParameterCount:
     """Parameters that a model of this configuration would have; takes no memory."""
     with torch.device("meta"):
         return count_parameters(model_class(config))
