@@ -79,6 +79,15 @@ def test_full_size_with_other_activations(activation):
     assert largest_difference(outputs(case, dense, inputs), outputs(case, small, inputs)) <= 1e-9
 
 
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForPreTraining"])
+def test_full_size_with_an_untied_head(head):
+    case = Case("bert", head)
+    dense = make_dense(case, tie_word_embeddings=False)
+    small = compress(dense, calibrated(case, dense), hidden_size=D)
+    inputs = make_inputs(case)
+    assert largest_difference(outputs(case, dense, inputs), outputs(case, small, inputs)) <= 1e-9
+
+
 @pytest.mark.parametrize("proj", ["gated-silu", "gelu"])
 def test_full_size_with_other_t5_activations(proj, rotated, float64_norms):
     case = find("t5-ForConditionalGeneration")
