@@ -92,6 +92,15 @@ def sites_of(model: PreTrainedModel) -> list[Site]:
     return list(_bert_sites(model) if family == "bert" else _t5_sites(model))
 
 
+def query_projections(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The query projections of a BERT's layers, by the name of the site that they write to."""
+    family, _ = family_of(model)
+    if family != "bert":
+        return {}
+    base: Any = model.base_model
+    return {f"layer.{i}.attention": layer.attention.self.query for i, layer in enumerate(base.encoder.layer)}
+
+
 def _bert_sites(model: Any) -> Iterator[Site]:
     base = model.base_model
 

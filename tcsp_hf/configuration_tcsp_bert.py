@@ -138,11 +138,6 @@ class TCSPBertConfig(TCSPConfig):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0.0, 1.0)
         width = self.dense_hidden_size
-        if self.head_dim is None and width % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads is {self.num_attention_heads}, which does not divide the dense hidden size "
-                f"{width}; allowed: a divisor of {width}, or give head_dim."
-            )
         layers = self.num_hidden_layers
         check_sizes("site_hidden_sizes", self.site_hidden_sizes, 2 * layers + 1, maximum=width)
         if self.site_hidden_sizes is not None and self.site_hidden_sizes[-1] != self.hidden_size:
@@ -160,6 +155,15 @@ class TCSPBertConfig(TCSPConfig):
         check_sizes("layer_qk_head_sizes", self.layer_qk_head_sizes, layers, maximum=self.dense_head_dim)
         check_sizes("layer_vo_head_sizes", self.layer_vo_head_sizes, layers, maximum=self.dense_head_dim)
         super().check()
+
+    def check_heads(self) -> None:
+        """Heads must divide the dense width, unless `head_dim` says their size. Models check it, as in transformers."""
+        width = self.dense_hidden_size
+        if self.head_dim is None and width % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}, which does not divide the dense hidden size "
+                f"{width}; allowed: a divisor of {width}, or give head_dim."
+            )
 
     def check_tied_head(self) -> None:
         """A tied masked-LM head reads the word embeddings' width."""

@@ -350,6 +350,7 @@ class TCSPBertModel(TCSPBertPreTrainedModel):
     def __init__(self, config: TCSPBertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         config.check()
+        config.check_heads()
         self.gradient_checkpointing = False
         self.embeddings = TCSPBertEmbeddings(config)
         self.encoder = TCSPBertEncoder(config)

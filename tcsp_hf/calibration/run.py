@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..architectures import Site, dense_hidden_size, family_of, sites_of
+from ..architectures import Site, dense_hidden_size, family_of, query_projections, sites_of
 from ..errors import TCSPError
 from .fingerprint import DataFingerprint, model_fingerprint, sequence_hash
 from .inputs import Batch, InputOptions, batches, count_sequences
@@ -100,7 +100,7 @@ def calibrate(
         objective=name if fisher else "none",
         seed=seed,
     )
-    recorder = _Recorder(sites_of(model), result.hidden_size, fisher)
+    recorder = _Recorder(sites_of(model), result.hidden_size, fisher, query_projections(model))
     fingerprint = DataFingerprint()
     sample = TokenSample(sample_tokens)
     mask_token = getattr(tokenizer, "mask_token_id", None) if name in ("masked_lm", "pretraining") else None
@@ -240,12 +240,14 @@ def _greedy(model: Any, inputs: Batch, max_target_length: int) -> tuple[torch.Te
 class _Recorder:
     """Hooks on the sites' norms: second moments going forward, gradients coming back."""
 
-    def __init__(self, sites: list[Site], size: int, fisher: bool) -> None:
+    def __init__(self, sites: list[Site], size: int, fisher: bool, queries: dict[str, nn.Module]) -> None:
         self._sites = sites
         self._size = size
         self._fisher = fisher
         self._moments: dict[str, torch.Tensor] = {}
         self._fishers: dict[str, torch.Tensor] = {}
+        self._queries = queries if fisher else {}
+        self._query_fishers: dict[str, torch.Tensor] = {}
         self._tokens = {site.name: 0 for site in sites}
         self._masks: dict[str, torch.Tensor] = {}
         self._scale = 1.0
@@ -254,6 +256,9 @@ class _Recorder:
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[None]:
         handles = [site.norm.register_forward_hook(partial(self._forward, site)) for site in self._sites]
+        heads = int(model.config.num_attention_heads)
+        for name, query in self._queries.items():
+            handles.append(query.register_forward_hook(partial(self._query_forward, name, heads)))
         for module in {id(m): m for m in _embeddings(model)}.values():
             # gradients with respect to hidden states need no gradient of any parameter
             handles.append(module.register_forward_hook(lambda _m, _a, output: self._root(output)))
@@ -284,8 +289,23 @@ class _Recorder:
             if self._fisher:
                 empty = torch.zeros(self._size, self._size, dtype=torch.float64)
                 fisher = _symmetric(self._fishers.get(site.name, empty))
-            found[site.name] = SiteStatistics(tokens, _symmetric(self._moments[site.name]), fisher)
+            query = self._query_fishers.get(site.name)
+            found[site.name] = SiteStatistics(
+                tokens, _symmetric(self._moments[site.name]), fisher, None if query is None else query.cpu()
+            )
         return found
+
+    def _query_forward(
+        self, name: str, heads: int, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
+    ) -> None:
+        if self._active and output.requires_grad:
+            output.register_hook(partial(self._query_backward, name, heads))
+
+    def _query_backward(self, name: str, heads: int, gradient: torch.Tensor) -> None:
+        wide = (gradient.double() / self._scale)[self._masks["encoder"]]
+        rows = wide.view(wide.shape[0], heads, wide.shape[1] // heads).transpose(0, 1)
+        outer = rows.mT @ rows
+        self._query_fishers[name] = self._query_fishers[name] + outer if name in self._query_fishers else outer
 
     def _root(self, output: torch.Tensor) -> torch.Tensor | None:
         if not (self._active and self._fisher):

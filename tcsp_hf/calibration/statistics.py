@@ -31,11 +31,14 @@ class SiteStatistics:
         moment_sum: (D, D) float64, sum of `n n'` over tokens (n: normalised stream).
         fisher_sum: (D, D) float64, sum of `g g'` over tokens (g: gradient of the sampled output log-likelihood with
             respect to n), or None when it was not asked for.
+        query_fisher_sum: (H, d, d) float64 where a layer's attention writes into the site: sum of the outer products
+            of the gradient with respect to each head's query; None elsewhere.
     """
 
     tokens: int
     moment_sum: torch.Tensor
     fisher_sum: torch.Tensor | None = None
+    query_fisher_sum: torch.Tensor | None = None
 
     @property
     def second_moment(self) -> torch.Tensor:
@@ -124,7 +127,10 @@ class Calibration:
                 raise TCSPError("Statistics with and without gradients cannot be merged.")
             moment_sum = torch.stack([entry.moment_sum for entry in entries]).sum(0)
             fisher_sum = torch.stack(fishers).sum(0) if fishers else None
-            sites[name] = SiteStatistics(sum(entry.tokens for entry in entries), moment_sum, fisher_sum)
+            queries = [entry.query_fisher_sum for entry in entries if entry.query_fisher_sum is not None]
+            query_sum = torch.stack(queries).sum(0) if len(queries) == len(entries) else None
+            tokens = sum(entry.tokens for entry in entries)
+            sites[name] = SiteStatistics(tokens, moment_sum, fisher_sum, query_sum)
         return cls(
             model_fingerprint=first.model_fingerprint,
             source_model=first.source_model,
@@ -151,6 +157,8 @@ class Calibration:
             tensors[f"{name}.moment_sum"] = site.moment_sum[rows, columns].contiguous()
             if site.fisher_sum is not None:
                 tensors[f"{name}.fisher_sum"] = site.fisher_sum[rows, columns].contiguous()
+            if site.query_fisher_sum is not None:
+                tensors[f"{name}.query_fisher_sum"] = site.query_fisher_sum.contiguous()
         tensors.update(self.sample.tensors())
         with new_folder(folder, overwrite) as staging:
             save_file(tensors, staging / _TENSORS)
@@ -193,7 +201,7 @@ class Calibration:
             moment = _full(tensors.get(f"{name}.moment_sum"), size, f"{name}.moment_sum")
             fisher_name = f"{name}.fisher_sum"
             fisher = _full(tensors[fisher_name], size, fisher_name) if fisher_name in tensors else None
-            sites[name] = SiteStatistics(tokens, moment, fisher)
+            sites[name] = SiteStatistics(tokens, moment, fisher, tensors.get(f"{name}.query_fisher_sum"))
         fields = {
             name: summary[name]
             for name in (

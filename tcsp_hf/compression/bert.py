@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 
 from .. import modeling_tcsp_bert
 from ..configuration_tcsp_bert import TCSPBertConfig
+from .least_squares import NormalEquations, ridge
+from .refit_bert import BertSizes, RefitResult
 from .subspace import Basis
 
 Tensors = dict[str, torch.Tensor]
@@ -17,23 +19,37 @@ def model_class(head: str) -> type[PreTrainedModel]:
     return getattr(modeling_tcsp_bert, f"TCSPBert{head}")
 
 
-def config_fields(dense: PreTrainedModel, sizes: dict[str, int]) -> dict[str, object]:
-    """Fields of `TCSPBertConfig` beside the stock ones, for these site sizes."""
+def config_fields(dense: PreTrainedModel, widths: dict[str, int], sizes: BertSizes | None = None) -> dict[str, object]:
+    """Fields of `TCSPBertConfig` beside the stock ones, for these site widths and, where cut, layer sizes."""
     config = dense.config
-    sites = [size for name, size in sizes.items() if name != MLM_SITE]
+    sites = [size for name, size in widths.items() if name != MLM_SITE]
+    layers: dict[str, object] = {}
+    if sizes is not None:
+        head = config.hidden_size // config.num_attention_heads
+        if any(size != config.intermediate_size for size in sizes.intermediate):
+            layers["layer_intermediate_sizes"] = list(sizes.intermediate)
+        for kind, chosen in (("qk", sizes.qk), ("vo", sizes.vo)):
+            if any(size != head for size in chosen):
+                layers[f"layer_{kind}_head_sizes"] = list(chosen)
     return {
+        **layers,
         "hidden_size": sites[-1],
         "source_hidden_size": config.hidden_size,
         "head_dim": config.hidden_size // config.num_attention_heads,
         "site_hidden_sizes": sites,
-        "mlm_head_size": sizes.get(MLM_SITE),
+        "mlm_head_size": widths.get(MLM_SITE),
         "tie_word_embeddings": False,
     }
 
 
+def dense_tensors(dense: PreTrainedModel) -> Tensors:
+    """The dense model's state dict in float64 on the CPU."""
+    return {name: value.detach().to("cpu", torch.float64) for name, value in dense.state_dict().items()}
+
+
 def project(dense: PreTrainedModel, config: TCSPBertConfig, bases: dict[str, Basis]) -> Tensors:
     """State dict of the compressed model; bases: site name -> subspace, in the order of the forward pass."""
-    source = {name: value.detach().to("cpu", torch.float64) for name, value in dense.state_dict().items()}
+    source = dense_tensors(dense)
     prefix = "bert." if hasattr(dense, "bert") else ""
     result: Tensors = {}
     names = [name for name in bases if name != MLM_SITE]
@@ -83,49 +99,79 @@ def project(dense: PreTrainedModel, config: TCSPBertConfig, bases: dict[str, Bas
             gamma, beta = norm(f"encoder.layer.{i}.{block}.LayerNorm")
             here = there
 
-    result[f"{prefix}lift_map.weight"] = gamma[:, None] * here.decoder
-    result[f"{prefix}lift_map.bias"] = beta
-    pooler = f"{prefix}pooler.dense"
-    if f"{pooler}.weight" in source:
-        for kind, value in reader(pooler, gamma, beta, here).items():
-            result[f"{pooler}.{kind}"] = value
-    _project_heads(dense, source, result, bases, gamma, beta, here)
+    result.update(project_heads(dense, source, bases, (gamma[:, None] * here.decoder, beta)))
     return result
 
 
-def _project_heads(
-    dense: PreTrainedModel,
-    source: Tensors,
-    result: Tensors,
-    bases: dict[str, Basis],
-    gamma: torch.Tensor,
-    beta: torch.Tensor,
-    here: Basis,
-) -> None:
-    """The task heads: those on the pooler's output stay, those on hidden states read the last site."""
-    reads_pooler = getattr(dense.base_model, "pooler", None) is not None
-    for name in ("classifier", "qa_outputs"):
+def assemble(dense: PreTrainedModel, bases: dict[str, Basis], made: RefitResult) -> Tensors:
+    """State dict of a refit model: the solved blocks, and the heads that read them.
+
+    A classifier on the pooler is solved again as well, to reproduce the dense logits from the pooled features.
+    """
+    source = dense_tensors(dense)
+    tensors = {**made.tensors, **project_heads(dense, source, bases, made.reader)}
+    if "classifier.weight" in source and "bert.pooler.dense.weight" in source:
+        tensors["classifier.weight"], tensors["classifier.bias"] = _refit_classifier(dense, source, tensors, made)
+    made.carried.close()
+    made.target.close()
+    return tensors
+
+
+def _refit_classifier(
+    dense: PreTrainedModel, source: Tensors, tensors: Tensors, made: RefitResult
+) -> tuple[torch.Tensor, torch.Tensor]:
+    norm = f"bert.encoder.layer.{dense.config.num_hidden_layers - 1}.output.LayerNorm"
+    gamma, beta = source[f"{norm}.weight"], source[f"{norm}.bias"]
+    weight, bias = source["classifier.weight"], source["classifier.bias"]
+    pooler = "bert.pooler.dense"
+    equations = NormalEquations.zeros(weight.shape[1], weight.shape[0], torch.device("cpu"))
+    for group in made.sample.groups:
+        first = slice(None, None, group.length)
+        hidden = made.target.read(group.rows)[first].double() * gamma + beta
+        wanted = torch.tanh(hidden @ source[f"{pooler}.weight"].T + source[f"{pooler}.bias"]) @ weight.T + bias
+        carried = made.carried.read(group.rows)[first].double()
+        pooled = torch.tanh(carried @ tensors[f"{pooler}.weight"].T + tensors[f"{pooler}.bias"])
+        ones = torch.ones(len(pooled), dtype=torch.float64)
+        equations.add([pooled], wanted, ones, made.sample.held_out[group.rows][first])
+    solution = ridge(equations, torch.cat([weight.T, bias[None]]))
+    return solution[:-1].T.contiguous(), solution[-1].contiguous()
+
+
+def project_heads(
+    dense: PreTrainedModel, source: Tensors, bases: dict[str, Basis], last: tuple[torch.Tensor, torch.Tensor]
+) -> Tensors:
+    """Everything after the last site; last: (weight (D, k), offset (D,)), hidden state ~ weight @ z + offset.
+
+    What reads the pooler's output stays as it is, what reads hidden states reads the last site.
+    """
+    prefix = "bert." if hasattr(dense, "bert") else ""
+    result: Tensors = {f"{prefix}lift_map.weight": last[0], f"{prefix}lift_map.bias": last[1]}
+
+    def read_last(name: str, target: str) -> None:
+        weight = source[f"{name}.weight"]
+        result[f"{target}.weight"] = weight @ last[0]
+        result[f"{target}.bias"] = source[f"{name}.bias"] + weight @ last[1]
+
+    pooled = f"{prefix}pooler.dense.weight" in source
+    if pooled:
+        read_last(f"{prefix}pooler.dense", f"{prefix}pooler.dense")
+    for name in ("classifier", "qa_outputs", "cls.seq_relationship"):
         if f"{name}.weight" not in source:
             continue
-        weight, bias = source[f"{name}.weight"], source[f"{name}.bias"]
-        if not reads_pooler:
-            bias = bias + weight @ beta
-            weight = weight @ (gamma[:, None] * here.decoder)
-        result[f"{name}.weight"], result[f"{name}.bias"] = weight, bias
-    if "cls.seq_relationship.weight" in source:
-        for kind in ("weight", "bias"):
-            result[f"cls.seq_relationship.{kind}"] = source[f"cls.seq_relationship.{kind}"]
+        if pooled:
+            result[f"{name}.weight"], result[f"{name}.bias"] = source[f"{name}.weight"], source[f"{name}.bias"]
+        else:
+            read_last(name, name)
     if "cls.predictions.decoder.weight" in source:
         head = bases[MLM_SITE]
         transform = "cls.predictions.transform"
-        weight = source[f"{transform}.dense.weight"]
-        result["cls.predictions.dense.weight"] = weight @ (gamma[:, None] * here.decoder)
-        result["cls.predictions.dense.bias"] = source[f"{transform}.dense.bias"] + weight @ beta
+        read_last(f"{transform}.dense", "cls.predictions.dense")
         result["cls.predictions.projection.weight"] = head.encoder.T.clone()
         head_gamma, head_beta = source[f"{transform}.LayerNorm.weight"], source[f"{transform}.LayerNorm.bias"]
         decoder = source["cls.predictions.decoder.weight"]
         result["cls.predictions.decoder.weight"] = decoder @ (head_gamma[:, None] * head.decoder)
         result["cls.predictions.decoder.bias"] = source["cls.predictions.decoder.bias"] + decoder @ head_beta
+    return result
 
 
 def _centred(rows: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,10 @@ from ..configuration_tcsp_bert import TCSPBertConfig
 from ..configuration_tcsp_t5 import TCSPT5Config
 from ..errors import TCSPError
 from . import bert, t5
+from .budget import AXES, LossCurves, Shape, allocate, full_sizes, loss_curves
+from .refit_bert import BertRefit, BertSizes, RefitResult
 from .sizes import ParameterCount, count_parameters, meta_count, size_table
+from .streams import PackedSample
 from .subspace import Basis, Spectrum, make_basis, spectrum
 
 logger = logging.getLogger("tcsp_hf")
@@ -43,13 +46,16 @@ def compress(
     hidden_size: int | None = None,
     energy: float | None = None,
     remove: float | None = None,
+    axes: Sequence[str] | None = None,
     projection: str | None = None,
     subspace: str = "balanced",
-    epsilon: float = 1.0,
+    refit: bool | None = None,
+    epsilon: float = 0.3,
     multiple_of: int = 8,
+    progress: bool | None = False,
     verbose: bool = False,
 ) -> PreTrainedModel:
-    """Move a dense model into subspaces of its hidden states.
+    """Move a dense model into subspaces of its hidden states. No data, no label, no training.
 
     Exactly one of `hidden_size`, `energy` and `remove` says how small.
 
@@ -59,13 +65,19 @@ def compress(
         hidden_size: width k of every site.
         energy: fraction in (0, 1] to keep at every site (at a T5's stack): of the eigenvalues of the second moment
             for `"pca"`, of the squared singular values of `Gamma^½ Sigma^½` for `"balanced"`. Widths differ per site.
-        remove: fraction of the non-embedding parameters to remove at least; the same width everywhere.
+        remove: fraction of the non-embedding parameters to remove at least, over `axes`.
+        axes: what `remove` may cut: `"hidden"`, and for a BERT with `projection="per_site"` and a refit also
+            `"filters"` (feed-forward neurons) and `"heads"` (query/key and value/output sizes). With more than one
+            axis, sizes differ per site and layer, chosen by predicted loss. None: `("hidden",)`.
         projection: `"per_site"`: every site of a BERT, every stack of a T5 has its own subspace; `"shared"`: one
             subspace from the pooled statistics (the paper's). None: per_site for BERT, shared for T5 (whose encoder
             and decoder then keep one embedding table, and whose result can be exported as a stock T5).
         subspace: `"balanced"` weighs directions by what the output does with them; `"pca"` is the paper's.
+        refit: solve every linear again, in closed form, on the token sample that `stats` carries (BERT). None does so
+            where filters or heads are cut.
         epsilon: weight of the identity beside Gamma in `"balanced"`, in units of Gamma's mean eigenvalue.
         multiple_of: widths are rounded up to a multiple (D itself always stays possible); said in a warning.
+        progress: show bars; None shows them on a terminal only.
         verbose: print the table of sizes before and after, per module.
 
     Returns:
@@ -81,13 +93,18 @@ def compress(
     _check_choice("subspace", subspace, SUBSPACES)
     _check_request(full, hidden_size, energy, remove, epsilon, multiple_of)
     _check_statistics(model, stats)
+    chosen_axes = _check_axes(axes, family, kind, remove)
+    refitting = _check_refit(family, stats, refit, chosen_axes)
     builder = _Builder(model, family, head, kind, multiple_of)
+    sample = PackedSample(stats.sample.sequences() if refitting else [])
 
     sites = [site.name for site in sites_of(model)]
     groups = _groups(family, kind, sites)
     spectra = {
         members[0]: _pooled_spectrum(stats, members, subspace, epsilon) for members in groups
     }  # the group's first site names it
+    options: dict[str, Any] = {"refit": refitting, "axes": list(chosen_axes)}
+    sizes: BertSizes | None = None
     if hidden_size is not None:
         width = builder.round_up(hidden_size)
         widths = {name: width for name in sites}
@@ -96,9 +113,14 @@ def compress(
         for members in groups:
             width = builder.round_up(spectra[members[0]].size_for_energy(energy), quiet=True)
             widths.update({name: width for name in members})
-    else:
-        width = builder.width_for_removal(sites, remove if remove is not None else 0.0)
+    elif chosen_axes == ("hidden",):
+        width = builder.width_for_removal(sites, remove or 0.0)
         widths = {name: width for name in sites}
+    else:
+        curves = loss_curves(model, stats, sample, subspace, epsilon, chosen_axes, progress)
+        sizes = builder.allocate(sites, curves, remove or 0.0, chosen_axes)
+        options["predicted_kl"] = round(curves.of(sizes), 6)
+        widths = builder.widths_of(sites, sizes)
     needed = max(widths.values())
     if stats.tokens < needed:
         raise TCSPError(
@@ -108,14 +130,57 @@ def compress(
 
     bases: dict[str, Basis] = {}
     for members in groups:
-        cut = spectra[members[0]].cut(widths[members[0]])
         for name in members:
+            cut = spectra[members[0]].cut(widths[name])
             bases[name] = make_basis(cut.decoder, cut.encoder, stats.sites[name].second_moment)
     bases = {name: bases[name] for name in sites}
-    small = builder.build(bases, stats, subspace, epsilon)
+    made: RefitResult | None = None
+    if refitting:
+        if sizes is None:
+            sizes = builder.uniform_sizes(widths)
+        fixed = bases if kind == "shared" else None
+        made = BertRefit(model, stats, sample, sizes, subspace, epsilon, progress, fixed).run()
+    small = builder.build(bases, stats, subspace, epsilon, sizes, made, options)
     if verbose:
         print(size_table(model, small))
     return small
+
+
+def _check_axes(axes: Sequence[str] | None, family: str, kind: str, remove: float | None) -> tuple[str, ...]:
+    """The axes to cut, in the order of `AXES`.
+
+    Raises:
+        TCSPError: an unknown axis, one that is not possible here, or axes without `remove`.
+    """
+    if axes is None:
+        return ("hidden",)
+    if isinstance(axes, str) or not axes or any(axis not in AXES for axis in axes):
+        raise TCSPError(f"axes is {axes!r}; it must name some of {', '.join(map(repr, AXES))}.")
+    possible = AXES if family == "bert" and kind == "per_site" else ("hidden",)
+    missing = [axis for axis in axes if axis not in possible]
+    if missing:
+        raise TCSPError(f"axes names {missing[0]!r}, which needs a BERT with projection='per_site'.")
+    if remove is None and tuple(axes) != ("hidden",):
+        raise TCSPError(f"axes is {axes!r}, but only remove= chooses among axes; hidden_size and energy set widths.")
+    return tuple(axis for axis in AXES if axis in axes)
+
+
+def _check_refit(family: str, stats: Calibration, refit: bool | None, axes: tuple[str, ...]) -> bool:
+    """Whether to refit.
+
+    Raises:
+        TCSPError: it is asked for, or needed by the axes, and not possible.
+    """
+    needed = axes != ("hidden",)
+    if refit is False and needed:
+        raise TCSPError(f"refit=False was given, but axes {axes!r} need the refit.")
+    if not (refit or needed):
+        return False
+    if family != "bert":
+        raise TCSPError("refit=True was given, but the refit exists for BERT only: use refit=False for T5.")
+    if stats.sample.tokens == 0:
+        raise TCSPError("The refit needs a token sample in the statistics: calibrate with sample_tokens > 0.")
+    return True
 
 
 @dataclass(frozen=True)
@@ -241,12 +306,12 @@ class _Builder:
             )
         return rounded
 
-    def config(self, widths: dict[str, int]) -> TCSPConfig:
+    def config(self, widths: dict[str, int], sizes: BertSizes | None = None) -> TCSPConfig:
         fields = {name: value for name, value in self.dense.config.to_dict().items() if name not in _NOT_COPIED}
         own: dict[str, Any]
         config_class: Callable[..., TCSPConfig]
         if self.family == "bert":
-            own, config_class = bert.config_fields(self.dense, widths), TCSPBertConfig
+            own, config_class = bert.config_fields(self.dense, widths, sizes), TCSPBertConfig
             fields.pop("position_embedding_type", None)
         else:
             own_bases = self.kind == "per_site" and "decoder.final" in widths
@@ -255,9 +320,9 @@ class _Builder:
         config._attn_implementation = self.dense.config._attn_implementation
         return config
 
-    def count(self, widths: dict[str, int]) -> ParameterCount:
-        """Parameters that the model of these widths would have."""
-        return meta_count(self.model_class, self.config(widths))
+    def count(self, widths: dict[str, int], sizes: BertSizes | None = None) -> ParameterCount:
+        """Parameters that the model of these sizes would have."""
+        return meta_count(self.model_class, self.config(widths, sizes))
 
     def width_for_removal(self, sites: list[str], remove: float) -> int:
         """Largest width, a multiple or D, that removes at least this fraction.
@@ -283,9 +348,59 @@ class _Builder:
             low, high = (middle, high) if removed(candidates[middle]) >= remove else (low, middle)
         return candidates[low]
 
-    def build(self, bases: dict[str, Basis], stats: Calibration, subspace: str, epsilon: float) -> PreTrainedModel:
+    def uniform_sizes(self, widths: dict[str, int]) -> BertSizes:
+        """These widths, and everything else as in the dense model."""
+        sizes = full_sizes(self.dense)
+        sizes.sites[:] = [width for name, width in widths.items() if name != bert.MLM_SITE]
+        return sizes
+
+    def widths_of(self, sites: list[str], sizes: BertSizes) -> dict[str, int]:
+        """Width by site name; the masked-LM head gets the embeddings' width."""
+        main = [name for name in sites if name != bert.MLM_SITE]
+        widths = dict(zip(main, sizes.sites, strict=True))
+        return {name: widths.get(name, sizes.sites[0]) for name in sites}
+
+    def allocate(self, sites: list[str], curves: LossCurves, remove: float, axes: tuple[str, ...]) -> BertSizes:
+        """Sizes that remove at least this fraction at the least predicted loss.
+
+        Raises:
+            TCSPError: no sizes do; the message names the smallest result.
+        """
+        dense, narrow = full_sizes(self.dense), full_sizes(self.dense)
+        narrow.sites[-1] -= 1
+        config = self.dense.config
+        bare = Shape(
+            full=self.full,
+            heads=config.num_attention_heads,
+            head_size=dense.qk[0],
+            neurons=config.intermediate_size,
+            layers=config.num_hidden_layers,
+            fixed=0,
+            per_last=0,
+        )
+        # what the heads cost is counted on models of these sizes rather than listed head by head
+        counts = [self.count(self.widths_of(sites, sizes), sizes).non_embedding for sizes in (dense, narrow)]
+        per_last = counts[0] - counts[1] - bare.count(dense) + bare.count(narrow)
+        fixed = counts[0] - bare.count(dense) - per_last * self.full
+        shape = replace(bare, fixed=fixed, per_last=per_last)
+        goal = int((1.0 - remove) * count_parameters(self.dense).non_embedding)
+        return allocate(curves, shape, goal, axes, self.multiple_of)
+
+    def build(
+        self,
+        bases: dict[str, Basis],
+        stats: Calibration,
+        subspace: str,
+        epsilon: float,
+        sizes: BertSizes | None,
+        made: RefitResult | None,
+        options: dict[str, Any],
+    ) -> PreTrainedModel:
+        """The compressed model from the chosen subspaces, or from a refit that chose its own."""
+        if made is not None:
+            bases = {**bases, **made.bases}
         widths = {name: basis.size for name, basis in bases.items()}
-        config = self.config(widths)
+        config = self.config(widths, sizes)
         count = count_parameters(self.dense)
         config.projection = {
             "method_version": METHOD_VERSION,
@@ -304,8 +419,11 @@ class _Builder:
                 if name in config.site_widths()
             ],
             "calibration": stats.summary(),
+            "options": options,
         }
-        if self.family == "bert":
+        if made is not None:
+            tensors = bert.assemble(self.dense, bases, made)
+        elif self.family == "bert":
             tensors = bert.project(self.dense, config, bases)  # type: ignore[arg-type]
         else:
             tensors = t5.project(self.dense, config, bases)  # type: ignore[arg-type]

@@ -1,0 +1,49 @@
+"""Which inputs of an output linear to drop, and what dropping costs: the optimal brain surgeon, in blocks.
+
+For the least-squares problem with Gram matrix H and solution X (optimal brain surgeon: Hassibi and Stork 1993; with
+layer-wise Gram matrices: Frantar and Alistarh 2022), removing the inputs J and re-solving for the others adds
+`tr(X_J' (H^-1_JJ)^-1 X_J)` to the loss. The cheapest block goes first, H^-1 and X are updated, and so on.
+"""
+
+import torch
+
+
+def drop_inputs(
+    moments: torch.Tensor, weights: torch.Tensor, candidates: int, keep: int, block: int = 16
+) -> tuple[torch.Tensor, list[tuple[int, float]]]:
+    """Keep `keep` of the first `candidates` inputs.
+
+    Args:
+        moments: H (p, p) float64; inputs behind the candidates always stay.
+        weights: X' (outputs, p), the solution, already in the metric of the loss.
+        candidates: how many leading inputs may go.
+        keep: how many of them stay.
+        block: inputs removed at a time.
+
+    Returns:
+        Indices of the kept candidates, ascending (keep,), and the curve (inputs left, loss added so far).
+    """
+    diagonal = moments.diagonal()
+    damping = 1e-5 * diagonal.clamp(min=1e-8 * float(diagonal.mean()))
+    inverse = torch.linalg.inv(moments + torch.diag(damping))
+    weights = weights.clone()
+    index = torch.arange(moments.shape[0], device=moments.device)
+    left, loss = candidates, 0.0
+    curve = [(left, loss)]
+    while left > keep:
+        count = min(block, left - keep)
+        score = weights[:, :left].square().sum(0) / inverse.diagonal()[:left]
+        gone = score.argsort()[:count]
+        core = torch.linalg.inv(inverse[gone][:, gone])
+        lost = weights[:, gone]
+        loss += float(((lost @ core) * lost).sum())
+        stays = torch.ones(len(index), dtype=torch.bool, device=index.device)
+        stays[gone] = False
+        rows = inverse[gone]
+        correction = core @ rows
+        weights = (weights - lost @ correction)[:, stays]
+        inverse = inverse.addmm(rows.T, correction, alpha=-1.0)[stays][:, stays]
+        index = index[stays]
+        left -= count
+        curve.append((left, loss))
+    return index[:left].sort().values, curve

@@ -1,0 +1,80 @@
+"""Smaller attention heads: low-rank factors of the score and of the value path, weighed by the activations."""
+
+import torch
+
+
+def inverse_root(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric square root of (..., d, d) and its inverse; directions without energy are floored."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.clamp(min=1e-30).maximum(values[..., -1:] * 1e-10)
+    root = values.sqrt().unsqueeze(-2)
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+
+
+def score_moments(query: torch.Tensor, key: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over the tokens of a batch of q q' and of the attention-weighted covariance of k, per head (H, d, d).
+
+    query, key (batch, H, length, d). A change of a score moves the output only as far as it differs from the mean
+    change under the query's own attention, so keys count by their covariance under it.
+    """
+    attention = (query @ key.mT * scaling).softmax(-1)
+    mean_key = attention @ key
+    received = attention.sum(2)  # (batch, H, length): attention that each key receives from all queries
+
+    def flat(states: torch.Tensor) -> torch.Tensor:
+        return states.transpose(0, 1).flatten(1, 2)
+
+    keys, means, queries = flat(key), flat(mean_key), flat(query)
+    weighted = keys * flat(received.unsqueeze(-1))
+    covariance = (weighted.mT @ keys - means.mT @ means).double()
+    return (queries.mT @ queries).double(), covariance
+
+
+def score_factors(query_moment: torch.Tensor, key_moment: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps P_q, P_k (H, size, d) with `(P_q q)'(P_k k)` the best rank-`size` approximation of `q'k`.
+
+    From the SVD of `C_q^½ C_k^½` per head; the error is measured under the two second moments.
+    """
+    query_root, _ = inverse_root(query_moment)
+    key_root, _ = inverse_root(key_moment)
+    left, values, right = torch.linalg.svd(query_root @ key_root)
+    balance = values[..., :size].clamp(min=1e-12).rsqrt().unsqueeze(-1)
+    return (right[..., :size, :] @ key_root) * balance, (left[..., :size].mT @ query_root) * balance
+
+
+def value_factors(moments: torch.Tensor, weights: torch.Tensor, heads: int, head_size: int, size: int) -> torch.Tensor:
+    """Maps (H, size, d): which combinations of each head's values to keep.
+
+    Head after head, in the basis in which the rest of the inputs explains nothing twice: the d values of a head are
+    turned so that dropping one costs its squared singular value, the cheapest go, and the optimal brain surgeon's
+    update re-solves all the others.
+
+    Args:
+        moments: H (p, p) float64 of the inputs [values of all heads, others, 1].
+        weights: X' (outputs, p), the ridge solution in the metric of the loss.
+    """
+    diagonal = moments.diagonal()
+    damping = 1e-4 * diagonal.clamp(min=1e-8 * float(diagonal.mean()))
+    inverse = torch.linalg.inv(moments + torch.diag(damping))
+    weights = weights.clone()
+    offset = 0
+    kept: list[torch.Tensor] = []
+    for _ in range(heads):
+        mine = slice(offset, offset + head_size)
+        conditional = torch.linalg.inv(inverse[mine, mine])
+        root, inverse_of_root = inverse_root(conditional)
+        _, _, right = torch.linalg.svd(weights[:, mine] @ root, full_matrices=False)
+        turn, back = right @ inverse_of_root, root @ right.T  # new = turn @ old, old = back @ new
+        weights[:, mine] = weights[:, mine] @ back
+        inverse[mine, :] = back.T @ inverse[mine, :]
+        inverse[:, mine] = inverse[:, mine] @ back
+        stays = torch.ones(inverse.shape[0], dtype=torch.bool, device=inverse.device)
+        stays[offset + size : offset + head_size] = False
+        gone = ~stays
+        core = torch.linalg.inv(inverse[gone][:, gone])
+        correction = core @ inverse[gone][:, stays]
+        weights = weights[:, stays] - weights[:, gone] @ correction
+        inverse = inverse[stays][:, stays] - inverse[stays][:, gone] @ correction
+        kept.append(turn[:size])
+        offset += size
+    return torch.stack(kept)

@@ -1,0 +1,464 @@
+"""Closed-form refit of a projected BERT, layer by layer, on the compressed model's own inputs.
+
+Going through the sites in order, every linear of the compressed model is solved again by ridge regression so that it
+reproduces what the dense model computes there, from what the compressed model really carries:
+
+- *decoder* of a site: `n ~ B~ z + b`, one regression shared by all linears that read the site;
+- *writer*: the dense sum before the next norm from the block's activations and the carried stream together (output
+  projection and residual map are one regression), each token divided by its norm so that errors count in the
+  normalised stream;
+- the next site's subspace is chosen from what this regression can predict (reduced-rank regression), the new norm's
+  constant by least squares.
+
+Feed-forward neurons are dropped by the optimal brain surgeon and heads are narrowed with the same normal equations,
+before each writer is solved: cut, re-solve, go on.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from ..calibration import Calibration
+from .filters import drop_inputs
+from .heads import score_factors, score_moments, value_factors
+from .least_squares import NormalEquations, ridge, solve
+from .streams import Group, PackedSample, Stream
+from .subspace import Basis, balanced_spectrum, make_basis, pca_spectrum, symmetric_root
+
+Affine = tuple[torch.Tensor, torch.Tensor]
+
+_IDLE_WEIGHT = 0.02  # of tokens that the output does not read
+_FIRST_PASS_STRENGTH = 1e-2
+_METRIC_EPSILON = 0.3
+
+
+@dataclass(frozen=True)
+class BertSizes:
+    """What to leave: width per site (2L + 1), and per layer the neurons and the qk and vo sizes of a head."""
+
+    sites: list[int]
+    intermediate: list[int]
+    qk: list[int]
+    vo: list[int]
+
+
+@dataclass
+class RefitResult:
+    """Solved weights, float64 on the CPU.
+
+    Attributes:
+        tensors: state dict entries of embeddings, layers and norms, with the base model's prefix.
+        bases: the subspace of every site, as chosen.
+        reader: (weight (D, k), offset (D,)): dense hidden state ~ weight @ z + offset at the last site.
+        carried: z at the last site.
+        target: n at the last site.
+        sample: what both are in the order of.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    bases: dict[str, Basis]
+    reader: Affine
+    carried: Stream
+    target: Stream
+    sample: PackedSample
+
+
+class BertRefit:
+    """One refit; `run` does the work."""
+
+    def __init__(
+        self,
+        dense: PreTrainedModel,
+        stats: Calibration,
+        sample: PackedSample,
+        sizes: BertSizes,
+        subspace: str,
+        epsilon: float,
+        progress: bool | None = None,
+        fixed: dict[str, Basis] | None = None,
+    ) -> None:
+        """`fixed`: subspaces that must be kept (a shared projection); None lets every site choose its own."""
+        config = dense.config
+        self.device = dense.device
+        self.full = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.head_size = self.full // self.heads
+        self.neurons = config.intermediate_size
+        self.layers = config.num_hidden_layers
+        self.scaling = self.head_size**-0.5
+        self.norm_eps = config.layer_norm_eps
+        activation = config.hidden_act
+        self.activation: Callable[[torch.Tensor], torch.Tensor] = (
+            ACT2FN[activation] if isinstance(activation, str) else activation
+        )
+        self.prefix = "bert." if hasattr(dense, "bert") else ""
+        state = dense.state_dict()
+        self.weights = {
+            name.removeprefix(self.prefix): value.detach().to(self.device, torch.float32)
+            for name, value in state.items()
+            if name.startswith((f"{self.prefix}embeddings.", f"{self.prefix}encoder."))
+        }
+        self.stats = stats
+        self.sample = sample
+        self.sizes = sizes
+        self.kind = subspace
+        self.epsilon = epsilon
+        self.fixed = fixed
+        self.site_names = [name for name in stats.sites if name != "mlm_head"]
+        # a head on the pooler reads only the first token of the last layer
+        self.pooled = getattr(dense.base_model, "pooler", None) is not None and hasattr(dense, "bert")
+        self.bar = tqdm(
+            total=2 * self.layers, unit="block", desc="refit", disable=None if progress is None else not progress
+        )
+
+    def run(self) -> RefitResult:
+        tensors: dict[str, torch.Tensor] = {}
+        with torch.no_grad(), self.bar:
+            basis, dense, carried = self._embeddings(tensors)
+            bases = {self.site_names[0]: basis}
+            for layer in range(self.layers):
+                for block in (self._attention, self._feed_forward):
+                    basis, dense, carried = block(layer, basis, dense, carried, tensors)
+                    bases[self.site_names[len(bases)]] = basis
+                    self.bar.update(1)
+            decoder = self._decoder(2 * self.layers, basis, dense, carried)
+        gamma, beta = self._norm(2 * self.layers)
+        weight = gamma.double()[:, None] * decoder[:-1].T
+        offset = beta.double() + gamma.double() * decoder[-1]
+        named = {f"{self.prefix}{name}": value.double().cpu() for name, value in tensors.items()}
+        return RefitResult(named, bases, (weight.cpu(), offset.cpu()), carried, dense, self.sample)
+
+    # --- the dense model ---------------------------------------------------------------------------------------
+
+    def _norm(self, site: int) -> Affine:
+        if site == 0:
+            name = "embeddings.LayerNorm"
+        else:
+            block = "attention.output" if site % 2 else "output"
+            name = f"encoder.layer.{(site - 1) // 2}.{block}.LayerNorm"
+        return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+
+    def _linear(self, name: str) -> Affine:
+        return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+
+    def _reading(self, name: str, site: int) -> Affine:
+        """A linear that reads a site, as a function of the normalised stream n."""
+        weight, bias = self._linear(name)
+        gamma, beta = self._norm(site)
+        return weight * gamma, bias + weight @ beta
+
+    def _normalise(self, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """n (tokens, D) and the root mean square (tokens, 1) that x was divided by."""
+        centred = stream - stream.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + self.norm_eps).sqrt()
+        return centred / scale, scale
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: Group) -> torch.Tensor:
+        query, key, value = (self._split(states, group) for states in (query, key, value))
+        context = nn.functional.scaled_dot_product_attention(query, key, value, scale=self.scaling)
+        return context.transpose(1, 2).reshape(group.count * group.length, -1)
+
+    def _split(self, states: torch.Tensor, group: Group) -> torch.Tensor:
+        return states.view(group.count, group.length, self.heads, -1).transpose(1, 2)
+
+    # --- what tokens and directions count ----------------------------------------------------------------------
+
+    def _token_weights(self, site: int, rows: slice) -> torch.Tensor:
+        ones = torch.ones(rows.stop - rows.start, device=self.device)
+        if self.pooled and site >= 2 * self.layers - 1:
+            return torch.where(self.sample.first[rows].to(self.device), ones, _IDLE_WEIGHT * ones)
+        return ones
+
+    def _metric(self, site: int) -> torch.Tensor:
+        """Weight (D, D) of errors at a site: Gamma with a floor; the identity without gradients."""
+        identity = torch.eye(self.full, dtype=torch.float64, device=self.device)
+        statistics = self.stats.sites[self.site_names[site]]
+        if statistics.fisher_sum is None or self.kind == "pca":
+            return identity
+        fisher = statistics.fisher.to(self.device)
+        mean = float(fisher.trace()) / self.full
+        return fisher / mean + _METRIC_EPSILON * identity if mean > 0 else identity
+
+    def _choose(self, site: int, moment: torch.Tensor) -> Basis:
+        """The subspace of a site for a stream with this second moment."""
+        size = self.sizes.sites[site]
+        if self.fixed is not None:
+            return self.fixed[self.site_names[site]]
+        if self.kind == "pca" or size == self.full:
+            return pca_spectrum(moment.cpu()).cut(size)
+        fisher = self.stats.sites[self.site_names[site]].fisher
+        return balanced_spectrum(moment.cpu(), fisher, self.epsilon).cut(size)
+
+    # --- the compressed model, block by block ------------------------------------------------------------------
+
+    def _groups(self) -> Iterator[Group]:
+        yield from self.sample.groups
+
+    def _stream(self, width: int) -> Stream:
+        return Stream(self.sample.tokens, width)
+
+    def _read(self, stream: Stream, group: Group) -> torch.Tensor:
+        return stream.read(group.rows).to(self.device)
+
+    def _embeddings(self, tensors: dict[str, torch.Tensor]) -> tuple[Basis, Stream, Stream]:
+        tables = [self.weights[f"embeddings.{kind}_embeddings.weight"] for kind in ("word", "position", "token_type")]
+        statistics = self.stats.sites[self.site_names[0]]
+        basis = self._choose(0, statistics.second_moment)
+        dense = self._stream(self.full)
+        sums = self._stream(basis.size)
+        encoder = basis.encoder.to(self.device, torch.float32)
+        for kind, table in zip(("word", "position", "token_type"), tables, strict=True):
+            centred = table - table.mean(-1, keepdim=True)
+            tensors[f"embeddings.{kind}_embeddings.weight"] = centred @ encoder
+        for group in self._groups():
+            rows = group.rows
+            ids = (self.sample.input_ids[rows], self.sample.positions[rows], self.sample.token_type_ids[rows])
+            stream = sum((table[i.to(self.device)] for table, i in zip(tables, ids, strict=True)), torch.tensor(0.0))
+            normalised, scale = self._normalise(stream)
+            dense.write(rows, normalised)
+            sums.write(rows, (normalised * scale) @ encoder)
+        return basis, dense, self._close_site(0, basis, dense, sums, "embeddings.norm", tensors)
+
+    def _close_site(
+        self, site: int, basis: Basis, dense: Stream, sums: Stream, norm: str, tensors: dict[str, torch.Tensor]
+    ) -> Stream:
+        """Normalise the new sums y and fit the norm's constant; returns z."""
+        encoder = basis.encoder.to(self.device, torch.float32)
+        product = square = 0.0
+        for group in self._groups():
+            unit = self._unit(self._read(sums, group), basis)
+            target = self._read(dense, group) @ encoder
+            weights = self._token_weights(site, group.rows).unsqueeze(1)
+            product += float((weights * unit * target).sum(dtype=torch.float64))
+            square += float((weights * unit.square()).sum(dtype=torch.float64))
+        constant = product / square if square > 0 else 1.0
+        carried = self._stream(basis.size)
+        for group in self._groups():
+            carried.write(group.rows, constant * self._unit(self._read(sums, group), basis))
+        sums.close()
+        tensors[f"{norm}.weight"] = torch.full((basis.size,), constant)
+        return carried
+
+    def _unit(self, sums: torch.Tensor, basis: Basis) -> torch.Tensor:
+        """y / rms(y), the norm's output for weight 1."""
+        if basis.size == self.full:
+            sums = sums - sums.mean(-1, keepdim=True)
+        return sums / sums.square().mean(-1, keepdim=True).clamp(min=1e-24).sqrt()
+
+    def _decoder(self, site: int, basis: Basis, dense: Stream, carried: Stream) -> torch.Tensor:
+        """(k + 1, D) float64: n ~ [z, 1] @ decoder."""
+        equations = NormalEquations.zeros(basis.size, self.full, self.device)
+        for group in self._groups():
+            rows = group.rows
+            equations.add(
+                [self._read(carried, group)],
+                self._read(dense, group),
+                self._token_weights(site, rows),
+                self.sample.held_out[rows].to(self.device),
+            )
+        prior = torch.cat([basis.decoder.T, torch.zeros(1, self.full, dtype=torch.float64)]).to(self.device)
+        return ridge(equations, prior, self._metric(site))
+
+    def _through(self, decoder: torch.Tensor, reading: Affine) -> Affine:
+        """A linear of n as a linear of z."""
+        weight, bias = reading
+        return (weight.double() @ decoder[:-1].T).float(), (bias.double() + weight.double() @ decoder[-1]).float()
+
+    def _attention(
+        self, layer: int, basis: Basis, dense: Stream, carried: Stream, tensors: dict[str, torch.Tensor]
+    ) -> tuple[Basis, Stream, Stream]:
+        site, name = 2 * layer, f"encoder.layer.{layer}.attention"
+        readings = [self._reading(f"{name}.self.{part}", site) for part in ("query", "key", "value")]
+        decoder = self._decoder(site, basis, dense, carried)
+        query, key, value = (self._through(decoder, reading) for reading in readings)
+        output = self._linear(f"{name}.output.dense")
+        query_key = self.sizes.qk[layer]
+        moments = [torch.zeros(self.heads, self.head_size, self.head_size, dtype=torch.float64) for _ in range(2)]
+        next_dense, scales = self._stream(self.full), self._stream(1)
+        gamma, beta = self._norm(site)
+        for group in self._groups():
+            stream = self._read(dense, group)
+            q, k, v = (nn.functional.linear(stream, *reading) for reading in readings)
+            context = self._attend(q, k, v, group)
+            sums = nn.functional.linear(context, *output) + gamma * stream + beta
+            normalised, scale = self._normalise(sums)
+            next_dense.write(group.rows, normalised)
+            scales.write(group.rows, scale)
+            if query_key < self.head_size:
+                mine = self._read(carried, group)
+                q, k = (self._split(nn.functional.linear(mine, *part), group) for part in (query, key))
+                for total, part in zip(moments, score_moments(q, k, self.scaling), strict=True):
+                    total += part.cpu()
+        if query_key < self.head_size:
+            factors = score_factors(moments[0], moments[1], query_key)
+            query, key = (
+                _turned(part, factor.to(self.device)) for part, factor in zip((query, key), factors, strict=True)
+            )
+
+        contexts = self._stream(self.full)
+        for group in self._groups():
+            mine = self._read(carried, group)
+            q, k, v = (nn.functional.linear(mine, *part) for part in (query, key, value))
+            contexts.write(group.rows, self._attend(q, k, v, group))
+        equations, prior, free = self._writer_equations(
+            site + 1, basis, output, contexts.read, carried, next_dense, scales, self.full
+        )
+        size = self.sizes.vo[layer]
+        if size < self.head_size:
+            root = symmetric_root(self._metric(site + 1).cpu()).to(self.device)
+            first = solve(*equations.total, prior, _FIRST_PASS_STRENGTH)
+            factors_v = value_factors(equations.total[0], root @ first.T, self.heads, self.head_size, size)
+            turn = torch.block_diag(*factors_v)
+            others = equations.inputs - self.full
+            rest = torch.eye(others, dtype=torch.float64, device=self.device)
+            equations = equations.transform(torch.block_diag(turn, rest))
+            prior = torch.cat([torch.linalg.pinv(turn).T @ prior[: self.full], prior[self.full :]])
+            value = _turned(value, factors_v)
+            narrow = turn.float()
+
+            def read_contexts(rows: slice) -> torch.Tensor:
+                return contexts.read(rows).to(self.device) @ narrow.T
+        else:
+
+            def read_contexts(rows: slice) -> torch.Tensor:
+                return contexts.read(rows).to(self.device)
+
+        for kind, index in (("weight", 0), ("bias", 1)):
+            tensors[f"{name}.self.qkv.{kind}"] = torch.cat([part[index] for part in (query, key, value)])
+        result = self._solve_writer(
+            site + 1, f"{name}.output", equations, prior, free, read_contexts, carried, next_dense, tensors
+        )
+        for stream_ in (contexts, scales, carried, dense):
+            stream_.close()
+        return result
+
+    def _feed_forward(
+        self, layer: int, basis: Basis, dense: Stream, carried: Stream, tensors: dict[str, torch.Tensor]
+    ) -> tuple[Basis, Stream, Stream]:
+        site, name = 2 * layer + 1, f"encoder.layer.{layer}"
+        reading = self._reading(f"{name}.intermediate.dense", site)
+        inner = self._through(self._decoder(site, basis, dense, carried), reading)
+        output = self._linear(f"{name}.output.dense")
+        gamma, beta = self._norm(site)
+        next_dense, scales = self._stream(self.full), self._stream(1)
+        for group in self._groups():
+            stream = self._read(dense, group)
+            neurons = self.activation(nn.functional.linear(stream, *reading))
+            normalised, scale = self._normalise(nn.functional.linear(neurons, *output) + gamma * stream + beta)
+            next_dense.write(group.rows, normalised)
+            scales.write(group.rows, scale)
+
+        def neurons_of(rows: slice) -> torch.Tensor:
+            return self.activation(nn.functional.linear(carried.read(rows).to(self.device), *inner))
+
+        equations, prior, free = self._writer_equations(
+            site + 1, basis, output, neurons_of, carried, next_dense, scales, self.neurons
+        )
+        keep = self.sizes.intermediate[layer]
+        if keep < self.neurons:
+            root = symmetric_root(self._metric(site + 1).cpu()).to(self.device)
+            first = solve(*equations.total, prior, _FIRST_PASS_STRENGTH)
+            block = max(16, (self.neurons - keep) // 48)
+            kept, _ = drop_inputs(equations.total[0], root @ first.T, self.neurons, keep, block)
+            others = torch.arange(self.neurons, equations.inputs + 1, device=self.device)
+            rows = torch.cat([kept, others])
+            equations, prior = equations.keep(rows[:-1]), prior[rows]
+            inner = inner[0][kept], inner[1][kept]
+        tensors[f"{name}.intermediate.dense.weight"], tensors[f"{name}.intermediate.dense.bias"] = inner
+
+        def kept_neurons(rows: slice) -> torch.Tensor:
+            return self.activation(nn.functional.linear(carried.read(rows).to(self.device), *inner))
+
+        result = self._solve_writer(
+            site + 1, f"{name}.output", equations, prior, free, kept_neurons, carried, next_dense, tensors
+        )
+        for stream_ in (scales, carried, dense):
+            stream_.close()
+        return result
+
+    def _writer_equations(
+        self,
+        site: int,
+        basis: Basis,
+        output: Affine,
+        block: Callable[[slice], torch.Tensor],
+        carried: Stream,
+        next_dense: Stream,
+        scales: Stream,
+        inputs: int,
+    ) -> tuple[NormalEquations, torch.Tensor, bool]:
+        """Normal equations of the sum before norm `site` in D entries, its prior, and whether the residual is free.
+
+        Inputs are the block's activations and, unless both sites have the dense width, the carried stream. Tokens
+        are divided by the dense norm, so that errors count in the normalised stream.
+        """
+        free = self.sizes.sites[site - 1] == self.sizes.sites[site] == self.full
+        gamma, beta = self._norm(site - 1)
+        weight, bias = (part.double() for part in output)
+        parts = [weight.T, bias[None] + beta.double()[None]]
+        if not free:
+            parts.insert(1, (gamma.double()[:, None] * basis.decoder.to(self.device)).T)
+        prior = torch.cat(parts)
+        prior = prior - prior.mean(1, keepdim=True)
+        equations = NormalEquations.zeros(prior.shape[0] - 1, self.full, self.device)
+        for group in self._groups():
+            rows = group.rows
+            scale = self._read(scales, group)
+            target = self._read(next_dense, group) * scale
+            mine = self._read(carried, group)
+            inputs_here = [block(rows).to(self.device)]
+            if free:
+                residual = mine * gamma
+                target = target - (residual - residual.mean(-1, keepdim=True))
+            else:
+                inputs_here.append(mine)
+            importance = self._token_weights(site, rows) / scale.squeeze(1).square()
+            equations.add(inputs_here, target, importance, self.sample.held_out[rows].to(self.device))
+        return equations, prior, free
+
+    def _solve_writer(
+        self,
+        site: int,
+        name: str,
+        equations: NormalEquations,
+        prior: torch.Tensor,
+        free: bool,
+        block: Callable[[slice], torch.Tensor],
+        carried: Stream,
+        next_dense: Stream,
+        tensors: dict[str, torch.Tensor],
+    ) -> tuple[Basis, Stream, Stream]:
+        solution = ridge(equations, prior, self._metric(site))
+        if self.sizes.sites[site] == self.full:
+            identity = torch.eye(self.full, dtype=torch.float64)
+            basis = make_basis(identity, identity, self.stats.sites[self.site_names[site]].second_moment)
+        else:
+            moments = equations.total[0]
+            predicted = solution.T @ moments @ solution / moments[-1, -1]
+            basis = self._choose(site, predicted)
+        written = solution @ basis.encoder.to(self.device)
+        inputs = block(slice(0, 1)).shape[1]
+        gamma, _ = self._norm(site - 1)
+        tensors[f"{name}.dense.weight"] = written[:inputs].T.float()
+        tensors[f"{name}.dense.bias"] = written[-1].float()
+        tensors[f"{name}.residual.weight"] = gamma if free else written[inputs:-1].T.float()
+        weights = written.float()
+        sums = self._stream(basis.size)
+        for group in self._groups():
+            mine = self._read(carried, group)
+            total = block(group.rows).to(self.device) @ weights[:inputs] + weights[-1]
+            total += mine * gamma if free else mine @ weights[inputs:-1]
+            sums.write(group.rows, total)
+        carried_next = self._close_site(site, basis, next_dense, sums, f"{name}.norm", tensors)
+        return basis, next_dense, carried_next
+
+
+def _turned(part: Affine, factors: torch.Tensor) -> Affine:
+    """Apply one map per head, factors (H, r, d), to the rows of a linear with H * d outputs."""
+    turn = torch.block_diag(*factors).to(part[0])
+    return turn @ part[0], turn @ part[1]

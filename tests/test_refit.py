@@ -1,0 +1,218 @@
+"""The closed forms of the refit against brute force, and what they do for a whole model."""
+
+import pytest
+import torch
+from common import D, calibrated, find, make_dense, make_inputs, outputs
+
+from tcsp_hf import TCSPError, compress
+from tcsp_hf.calibration.sample import TokenSample
+from tcsp_hf.compression import removed_fraction
+from tcsp_hf.compression.filters import drop_inputs
+from tcsp_hf.compression.heads import score_factors, score_moments, value_factors
+from tcsp_hf.compression.least_squares import NormalEquations, gram, ridge, solve
+from tcsp_hf.compression.streams import PackedSample, Stream
+
+BERT = find("bert-ForSequenceClassification")
+
+
+def problem(seed: int, rows: int = 400, inputs: int = 9, outputs_: int = 4) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.randn(rows, inputs, generator=generator) @ torch.randn(inputs, inputs, generator=generator)
+    t = u @ torch.randn(inputs, outputs_, generator=generator) + 0.1 * torch.randn(rows, outputs_, generator=generator)
+    return u, t + 1.5, torch.rand(rows, generator=generator) + 0.1, torch.arange(rows) % 5 == 4
+
+
+def equations(u: torch.Tensor, t: torch.Tensor, w: torch.Tensor, held: torch.Tensor, batch: int) -> NormalEquations:
+    found = NormalEquations.zeros(u.shape[1], t.shape[1], u.device)
+    for start in range(0, len(u), batch):
+        rows = slice(start, start + batch)
+        found.add([u[rows, :3], u[rows, 3:]], t[rows], w[rows], held[rows])
+    return found
+
+
+def test_normal_equations_equal_the_sums_whatever_the_batches() -> None:
+    u, t, w, held = problem(0)
+    x = torch.cat([u, torch.ones(len(u), 1)], 1).double()
+    h, c = equations(u, t, w, held, 37).total
+    torch.testing.assert_close(h, x.T @ (w.double()[:, None] * x), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(c, x.T @ (w.double()[:, None] * t.double()), rtol=1e-5, atol=1e-4)
+    other = equations(u, t, w, held, 400)
+    torch.testing.assert_close(other.total[0], h, rtol=1e-5, atol=1e-4)
+    assert float(other.moments[1, -1, -1]) == pytest.approx(float(w[held].sum()), rel=1e-5)
+
+
+def test_gram_by_panels() -> None:
+    rows = torch.randn(50, 900, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(gram(rows), rows.T @ rows, rtol=1e-4, atol=1e-3)
+
+
+def test_solve_is_weighted_least_squares_for_a_small_penalty_and_the_prior_for_a_large_one() -> None:
+    u, t, w, held = problem(1)
+    h, c = equations(u, t, w, held, 100).total
+    root = w.double().sqrt()[:, None]
+    x = torch.cat([u, torch.ones(len(u), 1)], 1).double()
+    direct = torch.linalg.lstsq(x * root, t.double() * root).solution
+    prior = torch.zeros_like(direct)
+    torch.testing.assert_close(solve(h, c, prior, 1e-12), direct, rtol=1e-3, atol=1e-3)
+    stuck = solve(h, c, torch.ones_like(direct), 1e12)
+    torch.testing.assert_close(stuck[:-1], torch.ones_like(stuck[:-1]), rtol=1e-3, atol=1e-3)
+
+
+def test_ridge_trusts_the_data_where_there_is_enough_and_the_prior_where_it_is_noise() -> None:
+    u, t, w, held = problem(2)
+    enough = equations(u, t, w, held, 100)
+    direct = solve(*enough.total, torch.zeros(10, 4, dtype=torch.float64), 1e-10)
+    torch.testing.assert_close(ridge(enough, torch.zeros_like(direct)), direct, rtol=0.05, atol=0.05)
+    noise = equations(u[:20], torch.randn(20, 4, generator=torch.Generator().manual_seed(3)), w[:20], held[:20], 20)
+    prior = torch.zeros(10, 4, dtype=torch.float64)
+    assert float(ridge(noise, prior)[:-1].norm()) < float(solve(*noise.total, prior, 1e-10)[:-1].norm())
+
+
+def test_rank_deficient_equations_are_solved() -> None:
+    u, t, w, held = problem(4)
+    twice = torch.cat([u, u], 1)
+    found = ridge(equations(twice, t, w, held, 100), torch.zeros(19, 4, dtype=torch.float64))
+    assert torch.isfinite(found).all()
+
+
+def test_dropping_one_input_costs_what_brute_force_says() -> None:
+    u, t, w, held = problem(5)
+    h, c = equations(u, t, w, held, 400).total
+    zero = torch.zeros(10, 4, dtype=torch.float64)
+    best = solve(h, c, zero, 1e-9)
+    x = torch.cat([u, torch.ones(len(u), 1)], 1).double()
+
+    def loss(columns: list[int]) -> float:
+        root = w.double().sqrt()[:, None]
+        part = x[:, columns] * root
+        fit = torch.linalg.lstsq(part, t.double() * root).solution
+        return float((part @ fit - t.double() * root).square().sum())
+
+    whole = loss(list(range(10)))
+    costs = [loss([j for j in range(10) if j != i]) - whole for i in range(9)]
+    kept, curve = drop_inputs(h, best.T, 9, 8, block=1)
+    gone = set(range(9)) - set(kept.tolist())
+    assert gone == {min(range(9), key=costs.__getitem__)}
+    assert curve[-1][1] == pytest.approx(min(costs), rel=0.02)
+
+
+def test_a_dead_input_and_a_duplicate_are_dropped_for_nothing() -> None:
+    u, t, w, held = problem(6)
+    u[:, 2] = 0.0
+    u[:, 5] = u[:, 7]
+    h, c = equations(u, t, w, held, 400).total
+    kept, curve = drop_inputs(h, solve(h, c, torch.zeros(10, 4, dtype=torch.float64), 1e-9).T, 9, 7, block=1)
+    assert 2 not in kept.tolist()
+    assert len({5, 7} & set(kept.tolist())) == 1
+    assert curve[-1][1] < 1e-2 * float(t.square().sum())
+
+
+def test_score_factors_are_exact_at_full_size_and_on_a_low_rank() -> None:
+    generator = torch.Generator().manual_seed(7)
+    query, key = (torch.randn(3, 2, 6, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    query[..., 3] = 0.0  # the score never sees this direction
+    moments = score_moments(query, key, 0.5)
+    for size in (4, 3):
+        p_query, p_key = score_factors(*moments, size)
+        small = torch.einsum("hrd,bhld->bhlr", p_query, query) @ torch.einsum("hrd,bhld->bhlr", p_key, key).mT
+        wanted = query @ key.mT
+        # what depends on the query alone cancels in the softmax
+        centred = (small - wanted) - (small - wanted).mean(-1, keepdim=True)
+        assert float(centred.abs().max()) < 1e-4
+
+
+def test_value_factors_keep_what_is_read() -> None:
+    generator = torch.Generator().manual_seed(8)
+    heads, size = 2, 3
+    u = torch.randn(500, heads * size, generator=generator, dtype=torch.float64)
+    weights = torch.randn(4, heads * size + 1, generator=generator, dtype=torch.float64)
+    weights[:, 0] = weights[:, 1] = 0.0  # of head 0 only one direction is read
+    x = torch.cat([u, torch.ones(500, 1)], 1)
+    factors = value_factors(x.T @ x, weights, heads, size, 1)
+    direction = factors[0, 0] / factors[0, 0].norm()
+    assert abs(float(direction[2])) > 0.98
+
+
+def test_streams_and_packing() -> None:
+    sequences = [{"input_ids": list(range(n))} for n in (3, 5, 3, 1, 5)]
+    sample = PackedSample(sequences)
+    assert sample.tokens == 17
+    assert int(sample.first.sum()) == sample.sequences == 5
+    assert [(g.count, g.length) for g in sample.groups] == [(1, 1), (2, 3), (2, 5)]
+    stream = Stream(17, 4)
+    values = torch.randn(17, 4)
+    for group in sample.groups:
+        stream.write(group.rows, values[group.rows])
+    torch.testing.assert_close(torch.cat(list(stream)), values, rtol=0, atol=0)
+    stream.close()
+
+
+def test_a_sample_keeps_its_budget_and_does_not_depend_on_order() -> None:
+    rows = [(i * 7919 % 1000, {"input_ids": [i] * (1 + i % 5)}) for i in range(50)]
+    one, two = TokenSample(40), TokenSample(40)
+    for key, row in rows:
+        one.add(key, row)
+    for key, row in reversed(rows):
+        two.add(key, row)
+    assert one.tokens <= 40
+    merged = TokenSample.merge([one, two])
+    assert merged.tokens <= 40
+    again = TokenSample.from_tensors(one.tensors())
+    assert again.sequences() == one.sequences()
+
+
+def distance(small: torch.nn.Module, dense: torch.nn.Module) -> float:
+    inputs = make_inputs(BERT)
+    with torch.no_grad():
+        one, other = outputs(BERT, small, inputs), outputs(BERT, dense, inputs)
+    return float(sum((one[name] - other[name]).square().mean() for name in other))
+
+
+def test_refit_at_the_full_size_changes_nothing_and_below_it_helps() -> None:
+    dense = make_dense(BERT, torch.float32, 0)
+    stats = calibrated(BERT, dense)
+    whole = compress(dense, stats, hidden_size=D, refit=True)
+    assert distance(whole, dense) < 1e-6
+    plain = compress(dense, stats, hidden_size=D // 2)
+    refit = compress(dense, stats, hidden_size=D // 2, refit=True)
+    assert plain.config.projection["options"]["refit"] is False
+    assert refit.config.projection["options"]["refit"] is True
+    assert refit.config.site_widths() == plain.config.site_widths()
+    assert distance(refit, dense) < distance(plain, dense)
+
+
+@pytest.mark.parametrize("axes", [("filters",), ("heads",), ("hidden", "filters", "heads")], ids="+".join)
+def test_the_budget_is_met_on_every_axis(axes: tuple[str, ...]) -> None:
+    dense = make_dense(BERT, torch.float32, 0)
+    stats = calibrated(BERT, dense)
+    remove = 0.05 if axes == ("filters",) else 0.15
+    small = compress(dense, stats, remove=remove, axes=axes)
+    assert removed_fraction(dense, small) >= remove
+    assert small.config.projection["removed"] == pytest.approx(removed_fraction(dense, small), abs=1e-6)
+    assert small.config.projection["options"]["predicted_kl"] >= 0.0
+    again = compress(dense, stats, remove=remove, axes=axes)
+    assert again.config.to_dict() == small.config.to_dict()
+    for a, b in zip(again.parameters(), small.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_the_axes_cannot_do_is_named() -> None:
+    dense = make_dense(BERT, torch.float32, 0)
+    stats = calibrated(BERT, dense)
+    with pytest.raises(TCSPError, match="smallest"):
+        compress(dense, stats, remove=0.99, axes=("heads",))
+    with pytest.raises(TCSPError, match="'width'"):
+        compress(dense, stats, remove=0.2, axes=("hidden", "width"))
+    with pytest.raises(TCSPError, match="only remove="):
+        compress(dense, stats, hidden_size=16, axes=("filters",))
+    with pytest.raises(TCSPError, match="need the refit"):
+        compress(dense, stats, remove=0.2, axes=("filters",), refit=False)
+    with pytest.raises(TCSPError, match="per_site"):
+        compress(dense, stats, remove=0.2, axes=("filters",), projection="shared")
+    stats.sample = TokenSample(0)
+    with pytest.raises(TCSPError, match="sample_tokens"):
+        compress(dense, stats, hidden_size=16, refit=True)
+    t5 = find("t5-ForConditionalGeneration")
+    dense_t5 = make_dense(t5, torch.float32, 0)
+    with pytest.raises(TCSPError, match="BERT"):
+        compress(dense_t5, calibrated(t5, dense_t5), hidden_size=16, refit=True)
