@@ -1,0 +1,121 @@
+"""Folders appear whole or not at all."""
+
+import os
+import stat
+
+import pytest
+
+from tcsp_hf import TCSPError
+from tcsp_hf.files import check_output_folder, new_folder
+
+
+def everything(folder) -> dict[str, str]:
+    """Path -> content of every file below, hidden ones too."""
+    return {
+        str(path.relative_to(folder)): path.read_text() if path.is_file() else "" for path in sorted(folder.rglob("*"))
+    }
+
+
+def test_a_new_folder_appears_at_the_end(tmp_path):
+    target = tmp_path / "deep" / "below" / "out"
+    with new_folder(target) as staging:
+        (staging / "a.txt").write_text("a")
+        (staging / "sub").mkdir()
+        assert not target.exists()
+        assert staging.parent == target.parent, "on the same disk, so that it can be moved in one step"
+    assert everything(tmp_path / "deep" / "below") == {"out": "", "out/a.txt": "a", "out/sub": ""}
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "out").mkdir()
+    with new_folder(tmp_path / "out") as staging:
+        (staging / "a.txt").write_text("a")
+    assert everything(tmp_path) == {"out": "", "out/a.txt": "a"}
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("existing", [None, {}, {"old.txt": "old"}])
+def test_a_failure_leaves_nothing_behind(tmp_path, failure, existing):
+    """And what was there before is as it was."""
+    target = tmp_path / "out"
+    if existing is not None:
+        target.mkdir()
+        for name, content in existing.items():
+            (target / name).write_text(content)
+    before = everything(tmp_path)
+    with pytest.raises(failure), new_folder(target, overwrite=True) as staging:
+        (staging / "half.txt").write_text("half")
+        raise failure("stop")
+    assert everything(tmp_path) == before
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old.txt").write_text("old")
+    said = r"is not empty: name another one, or pass overwrite=True \(--overwrite\)"
+    with pytest.raises(TCSPError, match=said), new_folder(target):
+        pytest.fail("the block must not start")
+    assert everything(tmp_path) == {"out": "", "out/old.txt": "old"}
+
+
+def test_a_hidden_file_counts(tmp_path):
+    (tmp_path / ".keep").write_text("")
+    with pytest.raises(TCSPError, match="is not empty"):
+        check_output_folder(tmp_path, overwrite=False)
+
+
+def test_overwrite_replaces_the_whole(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old.txt").write_text("old")
+    with new_folder(target, overwrite=True) as staging:
+        (staging / "new.txt").write_text("new")
+        assert everything(target) == {"old.txt": "old"}, "until the end the old one is there"
+    assert everything(tmp_path) == {"out": "", "out/new.txt": "new"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_in_the_way(tmp_path, overwrite):
+    target = tmp_path / "out"
+    target.write_text("a file")
+    with pytest.raises(TCSPError, match="is not a folder"):
+        check_output_folder(target, overwrite)
+    with pytest.raises(TCSPError, match="is not a writable folder"):
+        check_output_folder(target / "below", overwrite)
+    assert target.read_text() == "a file"
+
+
+def test_a_link_is_not_replaced(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(TCSPError, match="is not a folder"):
+        check_output_folder(tmp_path / "link", True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(TCSPError, match="cannot be written"):
+        check_output_folder(tmp_path / "out", False)
+
+
+def test_rights_are_those_of_any_new_folder(tmp_path):
+    (tmp_path / "plain").mkdir()
+    with new_folder(tmp_path / "out") as staging:
+        (staging / "a").touch()
+    plain, made = (stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "out"))
+    assert made == plain
+
+
+def test_relative_paths_and_strings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with new_folder("out") as staging:
+        (staging / "a.txt").write_text("a")
+        monkeypatch.chdir("/")
+    assert everything(tmp_path) == {"out": "", "out/a.txt": "a"}
+
+
+def test_checking_touches_nothing(tmp_path):
+    assert check_output_folder(tmp_path / "new" / "out", False) == tmp_path / "new" / "out"
+    assert everything(tmp_path) == {}
