@@ -35,9 +35,10 @@ EPSILON = {"bert": "layer_norm_eps", "t5": "layer_norm_epsilon"}
 def rotated(monkeypatch):
     """At k = D a T5 gets random orthonormal bases, instead of the identity."""
     generator = torch.Generator().manual_seed(5)
+    bases: dict[int, torch.Tensor] = {}
 
     def cut(self, size):
-        basis = orthonormal(size, size, generator)
+        basis = bases.setdefault(id(self), orthonormal(size, size, generator))
         return make_basis(basis, basis, self.moment)
 
     monkeypatch.setattr(Spectrum, "cut", cut)
