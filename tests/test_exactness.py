@@ -176,6 +176,121 @@ def test_below_the_planted_size_is_not_exact(case: Case):
     assert largest_difference(outputs(case, dense, inputs), outputs(case, small, inputs)) > 1e-3
 
 
+# What is cut from each layer, of 4 heads of 8 dimensions and 40 neurons: heads kept, query/key and value/output sizes.
+CUTS = [
+    {"heads": [0, 2], "qk": 5, "vo": 8, "neurons": 13},
+    {"heads": [1, 2, 3], "qk": 8, "vo": 3, "neurons": 40},
+]
+
+
+def _rows(heads: list[int], size: int) -> torch.Tensor:
+    """Rows of a (4 * 8, D) projection that belong to the first `size` dimensions of some heads."""
+    return torch.tensor([8 * head + i for head in heads for i in range(size)])
+
+
+def _silence(weight: torch.Tensor, kept: torch.Tensor, dim: int) -> None:
+    """Zero what is not kept."""
+    gone = torch.ones(weight.shape[dim], dtype=torch.bool)
+    gone[kept] = False
+    weight.index_fill_(dim, gone.nonzero().squeeze(-1), 0.0)
+
+
+def test_cut_filters_and_heads_of_a_bert():
+    """Neurons, heads and head dimensions that the dense model does not use may go; its softmax scale stays."""
+    case = find("bert-ForMaskedLM")
+    dense = make_dense(case)
+    with torch.no_grad():
+        for layer, cut in zip(dense.bert.encoder.layer, CUTS, strict=True):
+            attention = layer.attention.self
+            for part, size in ((attention.query, cut["qk"]), (attention.value, cut["vo"])):
+                for tensor in (part.weight, part.bias):
+                    _silence(tensor, _rows([0, 1, 2, 3], size), 0)
+            _silence(layer.attention.output.dense.weight, _rows(cut["heads"], 8), 1)
+            _silence(layer.output.dense.weight, torch.arange(cut["neurons"]), 1)
+    whole = compress(dense, calibrated(case, dense), hidden_size=24)
+    fields = {
+        "layer_attention_heads": [len(cut["heads"]) for cut in CUTS],
+        "layer_qk_head_sizes": [cut["qk"] for cut in CUTS],
+        "layer_vo_head_sizes": [cut["vo"] for cut in CUTS],
+        "layer_intermediate_sizes": [cut["neurons"] for cut in CUTS],
+    }
+    tensors = whole.state_dict()
+    for i, cut in enumerate(CUTS):
+        layer = f"bert.encoder.layer.{i}"
+        qk, vo = _rows(cut["heads"], cut["qk"]), _rows(cut["heads"], cut["vo"])
+        neurons = torch.arange(cut["neurons"])
+        for kind in ("weight", "bias"):
+            query, key, value = tensors[f"{layer}.attention.self.qkv.{kind}"].chunk(3)
+            tensors[f"{layer}.attention.self.qkv.{kind}"] = torch.cat([query[qk], key[qk], value[vo]])
+            tensors[f"{layer}.intermediate.dense.{kind}"] = tensors[f"{layer}.intermediate.dense.{kind}"][neurons]
+        name = f"{layer}.attention.output.dense.weight"
+        tensors[name] = tensors[name][:, vo]
+        tensors[f"{layer}.output.dense.weight"] = tensors[f"{layer}.output.dense.weight"][:, neurons]
+    _assert_cut_is_exact(case, whole, fields, tensors)
+
+
+@pytest.mark.parametrize("source", ["t5", "t5-gated"])
+def test_cut_filters_and_heads_of_a_t5(source):
+    """The same; the kept heads keep their columns of the relative position bias."""
+    case = Case(source, "ForConditionalGeneration")
+    dense = make_dense(case)
+    places = [(stack, i, part) for stack in ("encoder", "decoder") for i in range(2) for part in (0, 1, 2)]
+    places = [place for place in places if not (place[0] == "encoder" and place[2] == 2)]
+
+    def name_of(stack: str, i: int, part: int) -> tuple[str, bool]:
+        """Prefix of a block's module, and whether it is the feed-forward one."""
+        last = part == (1 if stack == "encoder" else 2)
+        module = "DenseReluDense" if last else "SelfAttention" if part == 0 else "EncDecAttention"
+        return f"{stack}.block.{i}.layer.{part}.{module}", last
+
+    with torch.no_grad():
+        for stack, i, part in places:
+            name, feeds_forward = name_of(stack, i, part)
+            module = dense.get_submodule(name)
+            if feeds_forward:
+                _silence(module.wo.weight, torch.arange(CUTS[i]["neurons"]), 1)
+                continue
+            _silence(module.q.weight, _rows([0, 1, 2, 3], CUTS[i]["qk"]), 0)
+            _silence(module.v.weight, _rows([0, 1, 2, 3], CUTS[i]["vo"]), 0)
+            _silence(module.o.weight, _rows(CUTS[i]["heads"], 8), 1)
+    whole = compress(dense, calibrated(case, dense), hidden_size=24)
+    fields = {
+        "encoder_layer_kept_heads": [cut["heads"] for cut in CUTS],
+        "decoder_layer_kept_heads": [cut["heads"] for cut in CUTS],
+        "cross_layer_attention_heads": [len(cut["heads"]) for cut in CUTS],
+        **{f"{group}_layer_qk_head_sizes": [cut["qk"] for cut in CUTS] for group in ("encoder", "decoder", "cross")},
+        **{f"{group}_layer_vo_head_sizes": [cut["vo"] for cut in CUTS] for group in ("encoder", "decoder", "cross")},
+        **{f"{stack}_layer_intermediate_sizes": [cut["neurons"] for cut in CUTS] for stack in ("encoder", "decoder")},
+    }
+    tensors = whole.state_dict()
+    for stack, i, part in places:
+        name, feeds_forward = name_of(stack, i, part)
+        qk, vo = _rows(CUTS[i]["heads"], CUTS[i]["qk"]), _rows(CUTS[i]["heads"], CUTS[i]["vo"])
+        neurons = torch.arange(CUTS[i]["neurons"])
+        cuts = {"q": (qk, 0), "k": (qk, 0), "v": (vo, 0), "o": (vo, 1)}
+        if feeds_forward:
+            cuts = {"wi": (neurons, 0), "wi_0": (neurons, 0), "wi_1": (neurons, 0), "wo": (neurons, 1)}
+        for kind, (kept, dim) in cuts.items():
+            if f"{name}.{kind}.weight" in tensors:
+                tensors[f"{name}.{kind}.weight"] = tensors[f"{name}.{kind}.weight"].index_select(dim, kept)
+    _assert_cut_is_exact(case, whole, fields, tensors)
+
+
+def _assert_cut_is_exact(case: Case, whole: torch.nn.Module, fields: dict, tensors: dict[str, torch.Tensor]) -> None:
+    plain = {name: value for name, value in whole.config.to_dict().items() if name != "model_type"}
+    cut = type(whole)(type(whole.config)(**{**plain, **fields})).to(torch.float64).eval()
+    cut.load_state_dict(tensors)
+    inputs = make_inputs(case)
+    assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in whole.parameters())
+    for implementation in ("sdpa", "eager"):
+        cut.set_attn_implementation(implementation)
+        assert largest_difference(outputs(case, whole, inputs), outputs(case, cut, inputs)) <= 1e-9
+    if case.family == "t5":
+        ids = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
+        common = {**ids, "do_sample": False, "max_new_tokens": 6, "no_repeat_ngram_size": 1}
+        assert torch.equal(whole.generate(**common), cut.generate(**common, cache_implementation="static"))
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if make_labels(case, make_inputs(case))], ids=str)
 def test_loss(case: Case):
     """The heads' losses are the stock ones, on the same logits."""
