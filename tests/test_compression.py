@@ -229,6 +229,29 @@ def test_one_basis_or_one_for_each_stack():
     assert make_small(BERT).config.projection["kind"] == "per_site", "and per_site of a BERT"
 
 
+def test_norms_make_up_for_what_is_left_out():
+    """A norm's weight is `c sqrt(D / k)`, where `c²` is the energy that the subspace keeps at that very site."""
+    for case in (find("bert-Model"), find("t5-Model")):
+        dense, stats = dense_and_statistics(case)
+        small = compress(dense, stats, hidden_size=16, subspace="pca", projection="shared")
+        weights = [value for name, value in small.named_parameters() if name.endswith("norm.weight")]
+        assert len(weights) == len(stats.sites)
+        if case.family == "bert":
+            gamma = dense.encoder.layer[1].output.LayerNorm.weight
+            basis = small.lift_map.weight / gamma[:, None]
+        else:
+            basis = small.encoder.lift_map.weight / dense.encoder.final_layer_norm.weight[:, None]
+        assert torch.allclose(basis.T @ basis, torch.eye(16, dtype=torch.float64), atol=1e-9)
+        expected = {
+            name: float((basis.T @ site.second_moment @ basis).trace() / site.second_moment.trace())
+            for name, site in stats.sites.items()
+        }
+        assert len({round(gain, 4) for gain in expected.values()}) > 3 and max(expected.values()) < 0.99
+        found = sorted(float(weight[0]) for weight in weights)
+        assert found == pytest.approx(sorted(math.sqrt(gain * D / 16) for gain in expected.values()), abs=1e-9)
+        assert all(torch.equal(weight, weight[:1].expand(16)) for weight in weights)
+
+
 @per_case
 def test_more_directions_are_better(case: Case):
     dense, stats = dense_and_statistics(case, torch.float32)
