@@ -1,0 +1,151 @@
+"""The command line on a tiny model: what it writes, what it prints for a program, and how it refuses."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common import find, make_dense, make_tokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
+
+from tcsp_hf import TCSPBertForSequenceClassification, TCSPConfig, TCSPError
+from tcsp_hf.cli import main
+from tcsp_hf.cli.main import app
+from tcsp_hf.data.sources import load_data
+
+BERT = find("bert-ForSequenceClassification")
+ENCODER = find("bert-Model")
+
+
+def tcsp(*arguments: Any) -> str:
+    """Standard output of `tcsp` with these arguments; its exception if it raised one."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    make_dense(BERT, torch.float32, 0).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "train.txt"
+    words = [f"w{i}" for i in range(40)]
+    path.write_text("\n".join(" ".join(words[i % 30 : i % 30 + 3 + i % 7]) for i in range(60)) + "\n")
+    return path
+
+
+def test_calibrate_compress_inspect(dense: Path, texts: Path, tmp_path: Path) -> None:
+    stats, small = tmp_path / "stats", tmp_path / "small"
+    found = json.loads(tcsp("calibrate", dense, "--data", texts, "-o", stats, "--json"))
+    assert found["objective"] == "classification"
+    assert found["sequences"] == 60
+    found = json.loads(
+        tcsp("compress", dense, "--stats", stats, "--hidden-size", 16, "--multiple-of", 4, "-o", small, "--json")
+    )
+    assert found["projection"]["kind"] == "per_site"
+    model = AutoModelForSequenceClassification.from_pretrained(small)
+    assert isinstance(model, TCSPBertForSequenceClassification)
+    assert model.config.hidden_size == 16
+    assert AutoTokenizer.from_pretrained(small)("a")["input_ids"]
+    seen = json.loads(tcsp("inspect", small, "--json"))
+    assert seen["projection"] == TCSPConfig.from_pretrained(small).projection
+    widths = json.loads(tcsp("inspect", dense, "--stats", stats, "--json"))["widths"]
+    assert widths[0]["hidden_size"] == 32
+    assert all(a["removed"] <= b["removed"] for a, b in itertools.pairwise(widths[1:]))
+    assert all(0.0 <= row["kept_energy_min"] <= 1.0 + 1e-9 for row in widths)
+    for words in (("inspect", small), ("inspect", dense), ("--help",), ("compress", "--help")):
+        assert tcsp(*words).strip()
+
+
+def test_compress_without_statistics_calibrates_first(dense: Path, texts: Path, tmp_path: Path) -> None:
+    found = json.loads(tcsp("compress", dense, "--data", texts, "--energy", 0.9, "-o", tmp_path / "e", "--json"))
+    assert found["parameters"]["before"] > 0
+    assert len({site["hidden_size"] for site in found["projection"]["sites"]}) >= 1
+
+
+def test_demo_on_a_tiny_encoder(tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    make_dense(ENCODER, torch.float32, 0, max_position_embeddings=256).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    output = tmp_path / "demo"
+    found = json.loads(
+        tcsp("demo", "--model", folder, "-o", output, "--paragraphs", 20, "--test-paragraphs", 10, "--json")
+    )
+    assert found["removed"] >= 0.25
+    assert found["bytes"][1] < found["bytes"][0]
+    assert 0.0 <= found["recall_small"][0] <= found["recall_small"][1] <= 1.0
+    assert -1.0 <= found["cosine"] <= 1.0
+    assert type(AutoModel.from_pretrained(output)).__name__ == "TCSPBertModel"
+    assert not (output / "dense").exists()
+    with pytest.raises(TCSPError, match="not empty"):
+        tcsp("demo", "--model", folder, "-o", output)
+
+
+def test_refusals_come_before_any_work(dense: Path, texts: Path, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("keep")
+    with pytest.raises(TCSPError, match="not empty"):
+        tcsp("calibrate", "no/such-model", "--data", texts, "-o", full)
+    with pytest.raises(TCSPError, match="exactly one"):
+        tcsp("compress", dense, "-o", tmp_path / "x")
+    with pytest.raises(TCSPError, match="no data"):
+        tcsp("calibrate", dense, "--data", "nowhere", "-o", tmp_path / "x")
+    with pytest.raises(TCSPError, match="cannot be loaded"):
+        tcsp("calibrate", tmp_path / "empty", "--data", texts, "-o", tmp_path / "x")
+    with pytest.raises(TCSPError, match="dtype"):
+        tcsp("calibrate", dense, "--data", texts, "-o", tmp_path / "x", "--dtype", "int8")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert (full / "mine.txt").read_text() == "keep"
+
+
+def test_errors_are_one_line_and_status_two(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tcsp", "compress", "x", "-o", str(tmp_path / "x")])
+    with pytest.raises(SystemExit) as stop:
+        main.run()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: Give exactly one of")
+
+
+def test_data_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(load_data("squad-sample")) == 400
+    (tmp_path / "glue" / "sst2").mkdir(parents=True)
+    (tmp_path / "glue" / "sst2" / "train.json").write_text('{"sentence": "good", "label": 1}\n')
+    monkeypatch.setenv("TCSP_DATA_DIR", str(tmp_path))
+    assert load_data("sst2")["sentence"] == ["good"]
+    with pytest.raises(TCSPError, match=r"validation.*train\.json"):
+        load_data("sst2", "validation")
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1")
+    with pytest.raises(TCSPError, match="cannot be read"):
+        load_data(str(broken))
+    with pytest.raises(TCSPError, match="no data file"):
+        load_data(str(Path(__file__)))
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_the_table_of_subspaces_on_a_real_classifier(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tcsp bench subspaces` exits with an error when per-site balanced falls short of these bars."""
+    monkeypatch.setenv("TCSP_DATA_DIR", str(shared / "data"))
+    model = shared / "weights" / "minilm-l6-sst2"
+    bars = ("--max-accuracy-drop", 0.0108, "--max-kl", 0.030)
+    found = json.loads(tcsp("bench", "subspaces", "--model", model, "--widths", 216, *bars, "--json"))
+    rows = {(row["projection"], row["subspace"]): row for row in found["rows"]}
+    assert found["dense_accuracy"] == pytest.approx(0.8888, abs=0.003)
+    assert rows["per_site", "pca"]["kl"] <= 0.045
+    assert rows["shared", "pca"]["accuracy"] >= 0.855
+    assert rows["per_site", "balanced"]["kl"] < rows["per_site", "pca"]["kl"] < rows["shared", "pca"]["kl"]
