@@ -238,9 +238,9 @@ def test_norms_make_up_for_what_is_left_out():
         assert len(weights) == len(stats.sites)
         if case.family == "bert":
             gamma = dense.encoder.layer[1].output.LayerNorm.weight
-            basis = small.lift_map.weight / gamma[:, None]
+            basis = small.lift_map.weight / gamma.detach()[:, None]
         else:
-            basis = small.encoder.lift_map.weight / dense.encoder.final_layer_norm.weight[:, None]
+            basis = small.encoder.lift_map.weight / dense.encoder.final_layer_norm.weight.detach()[:, None]
         assert torch.allclose(basis.T @ basis, torch.eye(16, dtype=torch.float64), atol=1e-9)
         expected = {
             name: float((basis.T @ site.second_moment @ basis).trace() / site.second_moment.trace())
@@ -515,6 +515,14 @@ def test_count_of_parameters():
     untied = make_dense(find("bert-ForMaskedLM"), tie_word_embeddings=False)
     assert count_parameters(untied).embedding == count.embedding + VOCABULARY * D
     assert count_parameters(untied).non_embedding == count.non_embedding + VOCABULARY, "the bias is untied, too"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_relative_positions_are_no_embeddings(tied):
+    dense = make_dense(T5, tie_word_embeddings=tied)
+    assert count_parameters(dense).embedding == VOCABULARY * D * (1 if tied else 2)
+    small = compress(dense, calibrated(T5, dense), hidden_size=16)
+    assert count_parameters(small).embedding == VOCABULARY * 16 * 2, "its lm_head is its own"
 
 
 @pytest.mark.parametrize("case", ONE_SOURCE_CASES, ids=str)
