@@ -37,6 +37,12 @@ def compress_command(
     remove: Annotated[
         float | None, typer.Option(help="Fraction of the parameters (embeddings apart) to remove.")
     ] = None,
+    axes: Annotated[
+        str, typer.Option(help="What --remove may cut: hidden, or for a BERT hidden,filters,heads (with a refit).")
+    ] = "hidden",
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Solve every linear again on the statistics' token sample (BERT).")
+    ] = False,
     stats: Annotated[
         Path | None,
         typer.Option(help="Statistics from `tcsp calibrate`; without them, calibrates on --data first."),
@@ -61,7 +67,7 @@ def compress_command(
 
     Give one of --hidden-size, --energy and --remove.
 
-    Example: tcsp compress my-org/my-classifier --stats stats/ --remove 0.25 -o small/
+    Example: tcsp compress my-org/my-classifier --stats stats/ --remove 0.44 --axes hidden,filters,heads -o small/
     """
     if sum(value is not None for value in (hidden_size, energy, remove)) != 1:
         raise TCSPError("Give exactly one of --hidden-size, --energy and --remove.")
@@ -87,9 +93,12 @@ def compress_command(
         hidden_size=hidden_size,
         energy=energy,
         remove=remove,
+        axes=tuple(axis.strip() for axis in axes.split(",")),
         projection=projection,
         subspace=subspace,
+        refit=refit or None,
         multiple_of=multiple_of,
+        progress=progress_of(quiet, as_json),
     )
     with new_folder(output, overwrite) as staging:
         small.save_pretrained(staging)
