@@ -51,7 +51,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "t5": ("t5", _T5),  # v1.0: relu, tied
     "t5-gated": ("t5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),  # v1.1, FLAN
-    "mt5": ("mt5", {**_T5, "feed_forward_proj": "gated-gelu"}),
+    "mt5": ("mt5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
 }
 """Name -> (model_type, fields of the dense configuration)."""
 
@@ -132,6 +132,10 @@ def make_dense(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0, **
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = case.dense_class(config)
+    untied = case.family == "t5" and not getattr(config, "scale_decoder_outputs", False)
+    if untied and case.head == "ForConditionalGeneration":
+        # transformers' configurations say "tied" whatever they were told; a checkpoint with both tables unties them
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     return perturb(model, seed).to(dtype).eval()
 
 
