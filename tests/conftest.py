@@ -1,6 +1,7 @@
 """What all tests share: no network, no time limits that a busy machine breaks, and the folder `shared`."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import that reads it: a test never reaches the Hub
@@ -14,6 +15,8 @@ from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+torch.set_num_threads(1)  # tiny models are faster so, and sums are grouped alike in every process
 
 settings.register_profile("tcsp_hf", deadline=None, derandomize=True)
 settings.load_profile("tcsp_hf")
@@ -31,6 +34,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def shared() -> Path:
     """The folder with `data` and `weights` beside the checkout, for tests marked `shared`."""
     return SHARED
+
+
+@pytest.fixture
+def all_threads() -> Iterator[None]:
+    """As many threads as the machine has processors, for a test on a real model."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+torch.set_num_threads(1)  # as in the tests: sums are grouped alike
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

@@ -138,7 +138,9 @@ def test_data_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.shared
-def test_the_table_of_subspaces_on_a_real_classifier(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_subspaces_on_a_real_classifier(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, all_threads: None
+) -> None:
     """`tcsp bench subspaces` exits with an error when per-site balanced falls short of these bars."""
     monkeypatch.setenv("TCSP_DATA_DIR", str(shared / "data"))
     model = shared / "weights" / "minilm-l6-sst2"
