@@ -280,6 +280,13 @@ class TCSPT5PreTrainedModel(TCSPPreTrainedMixin, T5PreTrainedModel):
             init.copy_(module.weight, torch.eye(*module.weight.shape))
             init.zeros_(module.bias)
 
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers'. Its older versions miss the stacks, whose configurations are copies."""
+        super().set_attn_implementation(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, TCSPT5Stack):
+                module.config._attn_implementation = self.config._attn_implementation
+
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As transformers'; the decoder's own table, where it has one, is resized as well."""
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
