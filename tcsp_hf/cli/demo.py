@@ -15,7 +15,7 @@ from ..errors import TCSPError
 from ..evaluation.embeddings import embed, recall_at
 from ..evaluation.latency import compare_latency
 from ..files import check_output_folder, new_folder
-from ..loading import demo_model_path, load_model, load_tokenizer
+from ..loading import DEMO_MODEL, demo_model_path, load_model, load_tokenizer
 from ..plots import demo_picture, require_matplotlib
 from .common import (
     JsonOption,
@@ -81,7 +81,7 @@ def demo_command(
     result["removed"] = removed_fraction(dense, small)
     result["hidden_size"] = (dense.config.hidden_size, small.config.hidden_size)
     result["seconds"] = {"calibrate": calibrated, "all": time.perf_counter() - started}
-    _show(name, output, stats.tokens, result, picture, as_json)
+    _show(model if model is not None else DEMO_MODEL, output, stats.tokens, result, picture, as_json)
 
 
 def _picture_possible() -> bool:
