@@ -23,11 +23,15 @@ class TCSPPreTrainedMixin:
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As `PreTrainedModel.from_pretrained`; a checkpoint of this very class must hold every one of its weights.
 
-        With `output_loading_info=True` it is the caller who looks at `missing_keys`.
+        With `output_loading_info=True` it is the caller who looks at `missing_keys`. A checkpoint of another task's
+        class loads too: a head of the same name and another width (`classifier`) starts anew, as transformers says.
 
         Raises:
             ValueError: some are missing, where transformers alone would warn and go on with random ones.
         """
+        saved_as = getattr(kwargs.get("config"), "architectures", None)  # the Auto classes hand the configuration on
+        if saved_as and cls.__name__ not in saved_as:
+            kwargs.setdefault("ignore_mismatched_sizes", True)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if output_loading_info:
             return model, info
