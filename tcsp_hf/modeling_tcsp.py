@@ -30,9 +30,17 @@ class TCSPPreTrainedMixin:
             ValueError: some are missing, where transformers alone would warn and go on with random ones.
         """
         saved_as = getattr(kwargs.get("config"), "architectures", None)  # the Auto classes hand the configuration on
-        if saved_as and cls.__name__ not in saved_as:
-            kwargs.setdefault("ignore_mismatched_sizes", True)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except RuntimeError:
+            if not saved_as or cls.__name__ in saved_as or "ignore_mismatched_sizes" in kwargs:
+                raise
+            model, info = super().from_pretrained(
+                *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+            names = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
+            if not names or not all(name.startswith(("classifier.", "qa_outputs.")) for name in names):
+                raise  # more than a head differs
         if output_loading_info:
             return model, info
         missing = sorted(name for name in info["missing_keys"] if not name.startswith(cls.optional_weights))
