@@ -102,6 +102,7 @@ class Block:
         reads, writes: names of the site that it reads and of the one that norms what it wrote.
         inner: the linears that read: query, key and value, or one (gated: two) of a feed-forward network.
         output: the linear that writes.
+        attention: the module whose last output is the attention probabilities (eager); None for a feed-forward network.
     """
 
     kind: str
@@ -111,6 +112,7 @@ class Block:
     writes: str
     inner: tuple[nn.Linear, ...]
     output: nn.Linear
+    attention: nn.Module | None = None
 
     @property
     def attends(self) -> bool:
@@ -132,7 +134,7 @@ def _bert_blocks(model: Any) -> Iterator[Block]:
     for i, layer in enumerate(model.base_model.encoder.layer):
         own, middle, end = layer.attention.self, f"layer.{i}.attention", f"layer.{i}.output"
         heads = (own.query, own.key, own.value)
-        yield Block("attention", "encoder", i, reads, middle, heads, layer.attention.output.dense)
+        yield Block("attention", "encoder", i, reads, middle, heads, layer.attention.output.dense, own)
         yield Block("ffn", "encoder", i, middle, end, (layer.intermediate.dense,), layer.output.dense)
         reads = end
 
@@ -155,7 +157,7 @@ def _t5_blocks(model: Any) -> Iterator[Block]:
                     yield Block(part, stack, i, f"{stack}.{i}.{part}", writes, inner, ffn.wo)
                 else:
                     own = layer.EncDecAttention if part == "cross" else layer.SelfAttention
-                    yield Block(part, stack, i, f"{stack}.{i}.{part}", writes, (own.q, own.k, own.v), own.o)
+                    yield Block(part, stack, i, f"{stack}.{i}.{part}", writes, (own.q, own.k, own.v), own.o, own)
 
 
 def _bert_sites(model: Any) -> Iterator[Site]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import Block, Site, blocks_of, dense_hidden_size, family_of, sites_of
 from ..errors import TCSPError
+from .divergence import MASKED_FRACTION
 from .fingerprint import DataFingerprint, model_fingerprint, sequence_hash
 from .inputs import Batch, InputOptions, batches, count_sequences
 from .objectives import Draws, objective_of
@@ -20,7 +21,6 @@ from .statistics import Calibration, SiteStatistics
 
 _PANEL = 128
 _HALF_LOSS_SCALE = 1024.0  # keeps float16 gradients away from underflow; divided out again
-_MASKED_FRACTION = 0.15
 
 
 def calibrate(
@@ -189,7 +189,7 @@ def _prepare(
     inputs = {name: value.to(device) for name, value in batch.items()}
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     if mask_token is not None:
-        chosen = draws.uniform(inputs["input_ids"].shape[1]).to(device) < _MASKED_FRACTION
+        chosen = draws.uniform(inputs["input_ids"].shape[1]).to(device) < MASKED_FRACTION
         chosen &= inputs["attention_mask"].bool()
         inputs["input_ids"] = inputs["input_ids"].masked_fill(chosen, mask_token)
         inputs["masked_positions"] = chosen

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from .. import modeling_tcsp_bert
 from ..configuration_tcsp_bert import TCSPBertConfig
 from .least_squares import NormalEquations, ridge
-from .refit_bert import BertSizes, RefitResult
+from .plan import Sizes
+from .refit_bert import RefitResult
 from .subspace import Basis
 
 Tensors = dict[str, torch.Tensor]
@@ -19,23 +20,25 @@ def model_class(head: str) -> type[PreTrainedModel]:
     return getattr(modeling_tcsp_bert, f"TCSPBert{head}")
 
 
-def config_fields(dense: PreTrainedModel, widths: dict[str, int], sizes: BertSizes | None = None) -> dict[str, object]:
+def config_fields(dense: PreTrainedModel, widths: dict[str, int], sizes: Sizes) -> dict[str, object]:
     """Fields of `TCSPBertConfig` beside the stock ones, for these site widths and, where cut, layer sizes."""
     config = dense.config
     sites = [size for name, size in widths.items() if name != MLM_SITE]
+    head = config.hidden_size // config.num_attention_heads
     layers: dict[str, object] = {}
-    if sizes is not None:
-        head = config.hidden_size // config.num_attention_heads
-        if any(size != config.intermediate_size for size in sizes.intermediate):
-            layers["layer_intermediate_sizes"] = list(sizes.intermediate)
-        for kind, chosen in (("qk", sizes.qk), ("vo", sizes.vo)):
-            if any(size != head for size in chosen):
-                layers[f"layer_{kind}_head_sizes"] = list(chosen)
+    for name, chosen, whole in (
+        ("layer_intermediate_sizes", sizes.filters, config.intermediate_size),
+        ("layer_attention_heads", sizes.heads, config.num_attention_heads),
+        ("layer_qk_head_sizes", sizes.qk, head),
+        ("layer_vo_head_sizes", sizes.vo, head),
+    ):
+        if any(size != whole for size in chosen):
+            layers[name] = list(chosen)
     return {
         **layers,
         "hidden_size": sites[-1],
         "source_hidden_size": config.hidden_size,
-        "head_dim": config.hidden_size // config.num_attention_heads,
+        "head_dim": head,
         "site_hidden_sizes": sites,
         "mlm_head_size": widths.get(MLM_SITE),
         "tie_word_embeddings": False,

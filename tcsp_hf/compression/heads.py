@@ -11,23 +11,28 @@ def inverse_root(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
 
 
-def score_moments(query: torch.Tensor, key: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+def score_moments(
+    query: torch.Tensor, key: torch.Tensor, attention: torch.Tensor, queries: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over the tokens of a batch of q q' and of the attention-weighted covariance of k, per head (H, d, d).
 
-    query, key (batch, H, length, d). A change of a score moves the output only as far as it differs from the mean
+    query (batch, H, length, d), key (batch, H, keys, d), attention (batch, H, length, keys): probabilities. queries
+    (batch, length) marks real tokens. A change of a score moves the output only as far as it differs from the mean
     change under the query's own attention, so keys count by their covariance under it.
     """
-    attention = (query @ key.mT * scaling).softmax(-1)
+    if queries is not None:
+        real = queries[:, None, :, None].to(query)
+        query, attention = query * real, attention * real
     mean_key = attention @ key
-    received = attention.sum(2)  # (batch, H, length): attention that each key receives from all queries
+    received = attention.sum(2)  # (batch, H, keys): attention that each key receives from all queries
 
     def flat(states: torch.Tensor) -> torch.Tensor:
         return states.transpose(0, 1).flatten(1, 2)
 
-    keys, means, queries = flat(key), flat(mean_key), flat(query)
+    keys, means, rows = flat(key), flat(mean_key), flat(query)
     weighted = keys * flat(received.unsqueeze(-1))
     covariance = (weighted.mT @ keys - means.mT @ means).double()
-    return (queries.mT @ queries).double(), covariance
+    return (rows.mT @ rows).double(), covariance
 
 
 def score_factors(query_moment: torch.Tensor, key_moment: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,3 +83,38 @@ def value_factors(moments: torch.Tensor, weights: torch.Tensor, heads: int, head
         kept.append(turn[:size])
         offset += size
     return torch.stack(kept)
+
+
+def drop_heads(
+    moments: torch.Tensor, weights: torch.Tensor, heads: int, head_size: int, keep: int
+) -> tuple[torch.Tensor, list[float]]:
+    """Which heads to keep: the one whose values cost least goes first, the others are re-solved, and so on.
+
+    Args: as for `value_factors`; `keep` heads stay.
+
+    Returns:
+        Indices of the kept heads, ascending (keep,), and the loss by number of heads gone, from 0 on.
+    """
+    diagonal = moments.diagonal()
+    damping = 1e-4 * diagonal.clamp(min=1e-8 * float(diagonal.mean()))
+    inverse = torch.linalg.inv(moments + torch.diag(damping))
+    weights = weights.clone()
+    left = list(range(heads))
+    losses = [0.0]
+    while len(left) > keep:
+        blocks = [slice(i * head_size, (i + 1) * head_size) for i in range(len(left))]
+        costs = [float(_block_loss(weights[:, mine], inverse[mine, mine])) for mine in blocks]
+        cheapest = min(range(len(left)), key=costs.__getitem__)
+        losses.append(losses[-1] + costs[cheapest])
+        gone = torch.zeros(inverse.shape[0], dtype=torch.bool, device=inverse.device)
+        gone[blocks[cheapest]] = True
+        correction = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, ~gone])
+        weights = weights[:, ~gone] - weights[:, gone] @ correction
+        inverse = inverse[~gone][:, ~gone] - inverse[~gone][:, gone] @ correction
+        del left[cheapest]
+    return torch.tensor(left, device=moments.device), losses
+
+
+def _block_loss(weights: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """tr(A (H^-1_JJ)^-1 A'): what removing the inputs J costs."""
+    return (torch.linalg.solve(inverse, weights.T) * weights.T).sum()

@@ -6,6 +6,7 @@ sequences, one in five.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,6 +16,7 @@ LAMBDAS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 HELD_OUT_EVERY = 5
 _PANEL = 384
 _BLOCK = 4096
+_LEAST_ALONE = 0.1  # tokens count alone as well, however much they agree
 
 
 def gram(rows: torch.Tensor) -> torch.Tensor:
@@ -30,40 +32,95 @@ def gram(rows: torch.Tensor) -> torch.Tensor:
     return product
 
 
-class NormalEquations:
-    """Sums `H = sum w x x'` and `C = sum w x t'` for x = [u, 1], in two folds (fit, held out).
+@dataclass(frozen=True)
+class Segments:
+    """Pieces of sequences: stand-ins for whole sequences, of which there are too few for a regression.
 
     Attributes:
-        inputs: number of entries of u.
-        moments: H (2, inputs + 1, inputs + 1) float64.
-        cross: C (2, inputs + 1, outputs) float64.
+        ids: (tokens,) the piece of every token.
+        scale: (pieces,) square root of the sequence's length over the piece's.
     """
 
-    def __init__(self, inputs: int, moments: torch.Tensor, cross: torch.Tensor) -> None:
+    ids: torch.Tensor
+    scale: torch.Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], size: int, device: torch.device) -> "Segments":
+        """Cut sequences, one after the other, into equal pieces of at most about `size` tokens."""
+        counts = torch.tensor([max(1, round(length / size)) for length in lengths], dtype=torch.int64)
+        total = torch.tensor(list(lengths), dtype=torch.int64)
+        first = counts.cumsum(0) - counts
+        sequence = torch.repeat_interleave(torch.arange(len(total)), total)
+        position = torch.arange(int(total.sum())) - (total.cumsum(0) - total)[sequence]
+        ids = first[sequence] + position * counts[sequence] // total[sequence].clamp(min=1)
+        sizes = torch.bincount(ids, minlength=int(counts.sum())).clamp(min=1)
+        scale = (total.repeat_interleave(counts) / sizes).sqrt()
+        return cls(ids.to(device), scale.float().to(device))
+
+
+class NormalEquations:
+    """Sums `H = sum w x x'` and `C = sum w x t'` for x = [u, 1] (or u alone), in two folds (fit, held out).
+
+    Attributes:
+        inputs: number of entries of u; `bias` tells whether x has the constant.
+        moments: H (2, entries of x, entries of x) float64.
+        cross: C (2, entries of x, outputs) float64.
+    """
+
+    def __init__(self, inputs: int, moments: torch.Tensor, cross: torch.Tensor, bias: bool = True) -> None:
         self.inputs = inputs
+        self.bias = bias
         self._moments = moments
         self._cross = cross
         # small batches wait until they make a block: one float64 addition for many
         self._waiting: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[], []]
 
     @classmethod
-    def zeros(cls, inputs: int, outputs: int, device: torch.device) -> "NormalEquations":
+    def zeros(cls, inputs: int, outputs: int, device: torch.device, bias: bool = True) -> "NormalEquations":
+        size = inputs + int(bias)
         return cls(
             inputs,
-            torch.zeros(2, inputs + 1, inputs + 1, dtype=torch.float64, device=device),
-            torch.zeros(2, inputs + 1, outputs, dtype=torch.float64, device=device),
+            torch.zeros(2, size, size, dtype=torch.float64, device=device),
+            torch.zeros(2, size, outputs, dtype=torch.float64, device=device),
+            bias,
         )
 
     def add(
-        self, parts: Sequence[torch.Tensor], targets: torch.Tensor, weights: torch.Tensor, held_out: torch.Tensor
+        self,
+        parts: Sequence[torch.Tensor],
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        held_out: torch.Tensor,
+        segments: Segments | None = None,
+        coherence: float = 0.0,
     ) -> None:
-        """Add tokens: parts (n, p_i) side by side are u, targets (n, outputs), weights and held_out (n,)."""
+        """Add tokens: parts (n, p_i) side by side are u, targets (n, outputs), weights and held_out (n,).
+
+        With `coherence` c in (0, 1], errors that the tokens of a segment have in common count: rows are weighed by
+        1 - c, and the sums of each segment's rows by c.
+        """
         root = weights.sqrt().unsqueeze(1)
-        block = torch.cat([*parts, torch.ones_like(root)], dim=1) * root
+        constant = [torch.ones_like(root)] if self.bias else []
+        block = torch.cat([*parts, *constant], dim=1) * root
         wanted = targets * root
+        if segments is not None and coherence > 0.0:
+            pieces = len(segments.scale)
+            scale = (segments.scale * coherence**0.5).unsqueeze(1)
+            both = [rows.new_zeros(pieces, rows.shape[1]).index_add_(0, segments.ids, rows) for rows in (block, wanted)]
+            # all tokens of a piece are of one sequence, so of one fold
+            folds = torch.zeros(pieces, dtype=torch.bool, device=held_out.device)
+            folds[segments.ids] = held_out
+            self._wait(both[0] * scale, both[1] * scale, folds)
+            alone = max(1.0 - coherence, _LEAST_ALONE) ** 0.5
+            block, wanted = block * alone, wanted * alone
+        self._wait(block, wanted, held_out)
+
+    def _wait(self, block: torch.Tensor, wanted: torch.Tensor, held_out: torch.Tensor) -> None:
         for fold in (0, 1):
             chosen = held_out == bool(fold)
-            if bool(chosen.any()):
+            if bool(chosen.all()):
+                self._waiting[fold].append((block, wanted))
+            elif bool(chosen.any()):
                 self._waiting[fold].append((block[chosen], wanted[chosen]))
             if sum(len(rows) for rows, _ in self._waiting[fold]) >= _BLOCK:
                 self._flush(fold)
@@ -94,20 +151,25 @@ class NormalEquations:
 
     def keep(self, indices: torch.Tensor) -> "NormalEquations":
         """Only these entries of u (and the constant)."""
-        rows = torch.cat([indices, indices.new_tensor([self.inputs])])
-        return NormalEquations(len(indices), self.moments[:, rows][:, :, rows], self.cross[:, rows])
+        rows = torch.cat([indices, indices.new_tensor([self.inputs])]) if self.bias else indices
+        return NormalEquations(len(indices), self.moments[:, rows][:, :, rows], self.cross[:, rows], self.bias)
 
     def transform(self, matrix: torch.Tensor) -> "NormalEquations":
         """For u' = matrix @ u, matrix (inputs', inputs)."""
-        wide = torch.block_diag(matrix.to(self.moments), torch.ones(1, 1).to(self.moments))
-        return NormalEquations(matrix.shape[0], wide @ self.moments @ wide.T, wide @ self.cross)
+        wide = matrix.to(self.moments)
+        if self.bias:
+            wide = torch.block_diag(wide, torch.ones(1, 1).to(wide))
+        return NormalEquations(matrix.shape[0], wide @ self.moments @ wide.T, wide @ self.cross, self.bias)
 
 
-def solve(moments: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor, strength: float) -> torch.Tensor:
-    """Ridge solution (inputs + 1, outputs) around `prior`; the constant is hardly shrunk."""
+def solve(
+    moments: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor, strength: float, bias: bool = True
+) -> torch.Tensor:
+    """Ridge solution (entries of x, outputs) around `prior`; with `bias` the last entry is hardly shrunk."""
     diagonal = moments.diagonal()
     penalty = diagonal.clamp(min=1e-8 * float(diagonal.mean())) * strength
-    penalty[-1] = 1e-7 * diagonal[-1]
+    if bias:
+        penalty[-1] = 1e-7 * diagonal[-1]
     for _ in range(8):
         factor, failed = torch.linalg.cholesky_ex(moments + torch.diag(penalty))
         if not int(failed):
@@ -125,20 +187,20 @@ def ridge(
     """Ridge solution with the strength that predicts the held-out sequences best.
 
     Args:
-        prior: X0 (inputs + 1, outputs) float64.
+        prior: X0 (entries of x, outputs) float64.
         metric: (outputs, outputs) weight of the residual, for choosing the strength; identity when None.
         strengths: lambdas from strong to weak; the search stops at the first that is worse.
     """
     best: tuple[float, float] | None = None
-    if float(equations.moments[1, -1, -1]) <= 0.0 or float(equations.moments[0, -1, -1]) <= 0.0:
+    if any(float(fold.trace()) <= 0.0 for fold in equations.moments):
         best = (0.0, strengths[0])  # nothing is held out, or everything: stay close to the prior
     else:
         for strength in strengths:
-            found = solve(equations.moments[0], equations.cross[0], prior, strength)
+            found = solve(equations.moments[0], equations.cross[0], prior, strength, equations.bias)
             weighed = found if metric is None else found @ metric
             error = float(((equations.moments[1] @ found - 2.0 * equations.cross[1]) * weighed).sum())
             if best is not None and error >= best[0]:
                 break
             best = (error, strength)
     assert best is not None
-    return solve(*equations.total, prior, best[1])
+    return solve(*equations.total, prior, best[1], equations.bias)

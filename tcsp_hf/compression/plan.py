@@ -4,7 +4,7 @@ A part is whatever can shrink alone: the width of a stream (of each site of a BE
 of a feed-forward network, the heads of an attention block and the query/key and value/output sizes of its heads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,8 +183,9 @@ class _Search:
         uniform: bool,
         by_flops: bool,
         start: Sizes,
-        frozen: int,
+        movable: Sequence[Sequence[int]],
     ) -> None:
+        """movable: groups of entries of `Sizes.hidden` that may shrink, each group as one."""
         self.curves, self.costs, self.sizes = curves, costs, start
         self._block_cost: Callable[[BlockShape, Sizes], float] = (
             costs.block_flops if by_flops else costs.block_parameters
@@ -196,9 +197,9 @@ class _Search:
             for kind in PARTS[axis] if axis in axes else ():
                 values = getattr(start, kind)
                 step, least = _step(kind, costs, multiple_of)
-                first = frozen if kind == "hidden" else 0
-                groups = [list(range(first, len(values)))] if uniform else [[i] for i in range(first, len(values))]
-                self._moves += [_Move(kind, values, group, step, least) for group in groups if group]
+                every = list(range(len(values)))
+                groups = movable if kind == "hidden" else [every] if uniform else [[i] for i in every]
+                self._moves += [_Move(kind, values, list(group), step, least) for group in groups if group]
         self._touched = [self._blocks_of(move) for move in self._moves]
         self._prices = [self._price(i) for i in range(len(self._moves))]
         touching = [{id(block) for block in touched} for touched in self._touched]
@@ -234,15 +235,19 @@ class _Search:
         step = value - max(move.least, (value - 1) // move.step * move.step)
         if step <= 0:
             return float("inf"), 0.0
+        saved, lost = self._difference(i, -step)
+        return (lost / saved, saved) if saved > 0 else (float("inf"), 0.0)
+
+    def _difference(self, i: int, step: int) -> tuple[float, float]:
+        """Cost saved and loss added by a step of move `i`."""
         cost, loss = self._state(i)
-        self._shift(i, -step)
-        after_cost, after_loss = self._state(i)
         self._shift(i, step)
-        saved = cost - after_cost
-        return ((after_loss - loss) / saved, saved) if saved > 0 else (float("inf"), 0.0)
+        after_cost, after_loss = self._state(i)
+        self._shift(i, -step)
+        return cost - after_cost, after_loss - loss
 
     def shrink(self, goal: float) -> None:
-        """Take the cheapest step until the cost is at most `goal` or nothing can go."""
+        """Take the cheapest step until the cost is at most `goal` or nothing can go; then give back what fits."""
         while self.cost > goal:
             i = min(range(len(self._prices)), key=lambda j: self._prices[j][0], default=-1)
             if i < 0 or self._prices[i][0] == float("inf"):
@@ -253,6 +258,30 @@ class _Search:
             self.cost -= self._prices[i][1]
             for j in self._near[i]:
                 self._prices[j] = self._price(j)
+        self._give_back(goal)
+
+    def _give_back(self, goal: float) -> None:
+        """Grow the parts again whose growth helps most for its cost, as long as the goal is kept."""
+        while True:
+            best: tuple[float, int, int, float] | None = None
+            for i, move in enumerate(self._moves):
+                value = move.values[move.indices[0]]
+                step = min(move.step, self._limit(move) - value)
+                if step <= 0:
+                    continue
+                saved, lost = self._difference(i, step)
+                if saved < 0 and self.cost - saved <= goal and (best is None or lost / -saved < best[0]):
+                    best = (lost / -saved, i, step, -saved)
+            if best is None or best[0] >= 0.0:
+                return
+            self._shift(best[1], best[2])
+            self.cost += best[3]
+
+    def _limit(self, move: _Move) -> int:
+        full = {"hidden": self.costs.full, "filters": self.costs.neurons, "heads": self.costs.heads}
+        most = full.get(move.kind, self.costs.head_size)
+        # a site of the dense width next to others would change what residual maps cost: that is the prefix's choice
+        return (most - 1) // move.step * move.step if move.kind == "hidden" and self.costs.maps else most
 
 
 def _step(kind: str, costs: Costs, multiple_of: int) -> tuple[int, int]:
@@ -279,8 +308,8 @@ def allocate(
 ) -> Sizes:
     """Sizes that cost at most `goal` at the least predicted loss, found greedily.
 
-    Parts shrink step by step, the one with the least loss per saved cost first. Sites of the dense width need no
-    residual maps, so for a model that has them the number of leading sites that keep it is tried out.
+    Parts shrink step by step, the one with the least loss per saved cost first; what the last step saved too much is
+    given back.
 
     Args:
         goal: non-embedding parameters, or with `by_flops` floating-point operations of a mean calibration sequence.
@@ -289,17 +318,10 @@ def allocate(
     Raises:
         TCSPError: the goal cannot be reached; the message names what the smallest result leaves.
     """
-    prefixes = [0]
-    if costs.maps and "hidden" in axes:
-        prefixes = [0, costs.widths] if uniform else list(range(costs.widths + 1))
-    below = (costs.full - 1) // multiple_of * multiple_of
     best: tuple[float, Sizes] | None = None
     smallest = float("inf")
-    for prefix in prefixes:
-        start = costs.dense()
-        if costs.maps and "hidden" in axes and below >= 1:
-            start.hidden[prefix:] = [below] * (costs.widths - prefix)
-        search = _Search(curves, costs, axes, multiple_of, uniform, by_flops, start, prefix)
+    for start, movable in _starts(costs, axes, multiple_of, uniform):
+        search = _Search(curves, costs, axes, multiple_of, uniform, by_flops, start, movable)
         search.shrink(goal)
         smallest = min(smallest, search.cost)
         if search.cost <= goal:
@@ -315,3 +337,30 @@ def allocate(
             f"{smallest / whole:.3f} of the dense model's {what}, {goal / whole:.3f} was asked for."
         )
     return best[1]
+
+
+def _starts(
+    costs: Costs, axes: Sequence[str], multiple_of: int, uniform: bool
+) -> Iterator[tuple[Sizes, list[list[int]]]]:
+    """Where to search from, and which widths may shrink from there.
+
+    One width for all is tried at every value. Sites with widths of their own need no residual maps among the leading
+    ones that keep the dense width: how many these are is tried out.
+    """
+    if "hidden" not in axes:
+        yield costs.dense(), []
+        return
+    step, least = _step("hidden", costs, multiple_of)
+    every = list(range(costs.widths))
+    below = (costs.full - 1) // multiple_of * multiple_of
+    if uniform or costs.widths == 1:
+        for width in [costs.full, *range(below, least - 1, -step)]:
+            start = costs.dense()
+            start.hidden[:] = [width] * costs.widths
+            yield start, []
+        return
+    for prefix in range(costs.widths + 1) if costs.maps else [0]:
+        start = costs.dense()
+        if costs.maps and below >= 1:
+            start.hidden[prefix:] = [below] * (costs.widths - prefix)
+        yield start, [[i] for i in every[prefix:]]

@@ -24,27 +24,15 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from ..calibration import Calibration
-from .filters import drop_inputs
-from .heads import score_factors, score_moments, value_factors
-from .least_squares import NormalEquations, ridge, solve
+from .cuts import cut_filters, cut_values, head_rows
+from .heads import score_factors, score_moments
+from .least_squares import NormalEquations, ridge
+from .metrics import Metrics
+from .plan import Sizes
 from .streams import Group, PackedSample, Stream
 from .subspace import Basis, balanced_spectrum, make_basis, pca_spectrum, symmetric_root
 
 Affine = tuple[torch.Tensor, torch.Tensor]
-
-_IDLE_WEIGHT = 0.02  # of tokens that the output does not read
-_FIRST_PASS_STRENGTH = 1e-2
-_METRIC_EPSILON = 0.3
-
-
-@dataclass(frozen=True)
-class BertSizes:
-    """What to leave: width per site (2L + 1), and per layer the neurons and the qk and vo sizes of a head."""
-
-    sites: list[int]
-    intermediate: list[int]
-    qk: list[int]
-    vo: list[int]
 
 
 @dataclass
@@ -76,7 +64,7 @@ class BertRefit:
         dense: PreTrainedModel,
         stats: Calibration,
         sample: PackedSample,
-        sizes: BertSizes,
+        sizes: Sizes,
         subspace: str,
         epsilon: float,
         progress: bool | None = None,
@@ -104,14 +92,13 @@ class BertRefit:
             if name.startswith((f"{self.prefix}embeddings.", f"{self.prefix}encoder."))
         }
         self.stats = stats
+        self.metrics = Metrics(dense, stats)
         self.sample = sample
         self.sizes = sizes
         self.kind = subspace
         self.epsilon = epsilon
         self.fixed = fixed
         self.site_names = [name for name in stats.sites if name != "mlm_head"]
-        # a head on the pooler reads only the first token of the last layer
-        self.pooled = getattr(dense.base_model, "pooler", None) is not None and hasattr(dense, "bert")
         self.bar = tqdm(
             total=2 * self.layers, unit="block", desc="refit", disable=None if progress is None else not progress
         )
@@ -168,25 +155,32 @@ class BertRefit:
 
     # --- what tokens and directions count ----------------------------------------------------------------------
 
-    def _token_weights(self, site: int, rows: slice) -> torch.Tensor:
-        ones = torch.ones(rows.stop - rows.start, device=self.device)
-        if self.pooled and site >= 2 * self.layers - 1:
-            return torch.where(self.sample.first[rows].to(self.device), ones, _IDLE_WEIGHT * ones)
-        return ones
+    def _token_weights(self, site: int, group: Group) -> torch.Tensor:
+        mask = torch.ones(group.count, group.length, dtype=torch.bool, device=self.device)
+        return self.metrics.token_weights(self.site_names[site], mask)
 
     def _metric(self, site: int) -> torch.Tensor:
-        """Weight (D, D) of errors at a site: Gamma with a floor; the identity without gradients."""
-        identity = torch.eye(self.full, dtype=torch.float64, device=self.device)
-        statistics = self.stats.sites[self.site_names[site]]
-        if statistics.fisher_sum is None or self.kind == "pca":
-            return identity
-        fisher = statistics.fisher.to(self.device)
-        mean = float(fisher.trace()) / self.full
-        return fisher / mean + _METRIC_EPSILON * identity if mean > 0 else identity
+        """Weight (D, D) of errors at a site."""
+        if self.kind == "pca":
+            return torch.eye(self.full, dtype=torch.float64, device=self.device)
+        return self.metrics.matrix(self.site_names[site])
+
+    def _add(
+        self,
+        equations: NormalEquations,
+        site: int,
+        group: Group,
+        inputs: list[torch.Tensor],
+        target: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> None:
+        held_out = self.sample.held_out[group.rows].to(self.device)
+        segments = self.metrics.segments([group.length] * group.count)
+        equations.add(inputs, target, weights, held_out, segments, self.metrics.coherence(self.site_names[site]))
 
     def _choose(self, site: int, moment: torch.Tensor) -> Basis:
         """The subspace of a site for a stream with this second moment."""
-        size = self.sizes.sites[site]
+        size = self.sizes.hidden[site]
         if self.fixed is not None:
             return self.fixed[self.site_names[site]]
         if self.kind == "pca" or size == self.full:
@@ -233,7 +227,7 @@ class BertRefit:
         for group in self._groups():
             unit = self._unit(self._read(sums, group), basis)
             target = self._read(dense, group) @ encoder
-            weights = self._token_weights(site, group.rows).unsqueeze(1)
+            weights = self._token_weights(site, group).unsqueeze(1)
             product += float((weights * unit * target).sum(dtype=torch.float64))
             square += float((weights * unit.square()).sum(dtype=torch.float64))
         constant = product / square if square > 0 else 1.0
@@ -254,13 +248,8 @@ class BertRefit:
         """(k + 1, D) float64: n ~ [z, 1] @ decoder."""
         equations = NormalEquations.zeros(basis.size, self.full, self.device)
         for group in self._groups():
-            rows = group.rows
-            equations.add(
-                [self._read(carried, group)],
-                self._read(dense, group),
-                self._token_weights(site, rows),
-                self.sample.held_out[rows].to(self.device),
-            )
+            inputs, target = [self._read(carried, group)], self._read(dense, group)
+            self._add(equations, site, group, inputs, target, self._token_weights(site, group))
         prior = torch.cat([basis.decoder.T, torch.zeros(1, self.full, dtype=torch.float64)]).to(self.device)
         return ridge(equations, prior, self._metric(site))
 
@@ -292,7 +281,8 @@ class BertRefit:
             if query_key < self.head_size:
                 mine = self._read(carried, group)
                 q, k = (self._split(nn.functional.linear(mine, *part), group) for part in (query, key))
-                for total, part in zip(moments, score_moments(q, k, self.scaling), strict=True):
+                attention = (q @ k.mT * self.scaling).softmax(-1)
+                for total, part in zip(moments, score_moments(q, k, attention), strict=True):
                     total += part.cpu()
         if query_key < self.head_size:
             factors = score_factors(moments[0], moments[1], query_key)
@@ -308,25 +298,19 @@ class BertRefit:
         equations, prior, free = self._writer_equations(
             site + 1, basis, output, contexts.read, carried, next_dense, scales, self.full
         )
-        size = self.sizes.vo[layer]
-        if size < self.head_size:
-            root = symmetric_root(self._metric(site + 1).cpu()).to(self.device)
-            first = solve(*equations.total, prior, _FIRST_PASS_STRENGTH)
-            factors_v = value_factors(equations.total[0], root @ first.T, self.heads, self.head_size, size)
-            turn = torch.block_diag(*factors_v)
-            others = equations.inputs - self.full
-            rest = torch.eye(others, dtype=torch.float64, device=self.device)
-            equations = equations.transform(torch.block_diag(turn, rest))
-            prior = torch.cat([torch.linalg.pinv(turn).T @ prior[: self.full], prior[self.full :]])
-            value = _turned(value, factors_v)
-            narrow = turn.float()
+        root = symmetric_root(self._metric(site + 1).cpu()).to(self.device)
+        (equations, prior), turn, kept = cut_values(
+            (equations, prior), root, self.heads, self.head_size, self.sizes.heads[layer], self.sizes.vo[layer]
+        )
+        if turn is not None:
+            value = turn.float() @ value[0], turn.float() @ value[1]
+        if len(kept) < self.heads:
+            rows = head_rows(kept, query_key)
+            query, key = ((part[0][rows], part[1][rows]) for part in (query, key))
 
-            def read_contexts(rows: slice) -> torch.Tensor:
-                return contexts.read(rows).to(self.device) @ narrow.T
-        else:
-
-            def read_contexts(rows: slice) -> torch.Tensor:
-                return contexts.read(rows).to(self.device)
+        def read_contexts(rows: slice) -> torch.Tensor:
+            read = contexts.read(rows).to(self.device)
+            return read if turn is None else read @ turn.float().T
 
         for kind, index in (("weight", 0), ("bias", 1)):
             tensors[f"{name}.self.qkv.{kind}"] = torch.cat([part[index] for part in (query, key, value)])
@@ -359,16 +343,9 @@ class BertRefit:
         equations, prior, free = self._writer_equations(
             site + 1, basis, output, neurons_of, carried, next_dense, scales, self.neurons
         )
-        keep = self.sizes.intermediate[layer]
-        if keep < self.neurons:
-            root = symmetric_root(self._metric(site + 1).cpu()).to(self.device)
-            first = solve(*equations.total, prior, _FIRST_PASS_STRENGTH)
-            block = max(16, (self.neurons - keep) // 48)
-            kept, _ = drop_inputs(equations.total[0], root @ first.T, self.neurons, keep, block)
-            others = torch.arange(self.neurons, equations.inputs + 1, device=self.device)
-            rows = torch.cat([kept, others])
-            equations, prior = equations.keep(rows[:-1]), prior[rows]
-            inner = inner[0][kept], inner[1][kept]
+        root = symmetric_root(self._metric(site + 1).cpu()).to(self.device)
+        (equations, prior), kept = cut_filters((equations, prior), root, self.neurons, self.sizes.filters[layer])
+        inner = inner[0][kept], inner[1][kept]
         tensors[f"{name}.intermediate.dense.weight"], tensors[f"{name}.intermediate.dense.bias"] = inner
 
         def kept_neurons(rows: slice) -> torch.Tensor:
@@ -397,7 +374,7 @@ class BertRefit:
         Inputs are the block's activations and, unless both sites have the dense width, the carried stream. Tokens
         are divided by the dense norm, so that errors count in the normalised stream.
         """
-        free = self.sizes.sites[site - 1] == self.sizes.sites[site] == self.full
+        free = self.sizes.hidden[site - 1] == self.sizes.hidden[site] == self.full
         gamma, beta = self._norm(site - 1)
         weight, bias = (part.double() for part in output)
         parts = [weight.T, bias[None] + beta.double()[None]]
@@ -417,8 +394,8 @@ class BertRefit:
                 target = target - (residual - residual.mean(-1, keepdim=True))
             else:
                 inputs_here.append(mine)
-            importance = self._token_weights(site, rows) / scale.squeeze(1).square()
-            equations.add(inputs_here, target, importance, self.sample.held_out[rows].to(self.device))
+            importance = self._token_weights(site, group) / scale.squeeze(1).square()
+            self._add(equations, site, group, inputs_here, target, importance)
         return equations, prior, free
 
     def _solve_writer(
@@ -434,7 +411,7 @@ class BertRefit:
         tensors: dict[str, torch.Tensor],
     ) -> tuple[Basis, Stream, Stream]:
         solution = ridge(equations, prior, self._metric(site))
-        if self.sizes.sites[site] == self.full:
+        if self.sizes.hidden[site] == self.full:
             identity = torch.eye(self.full, dtype=torch.float64)
             basis = make_basis(identity, identity, self.stats.sites[self.site_names[site]].second_moment)
         else:

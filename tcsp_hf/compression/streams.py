@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from .least_squares import HELD_OUT_EVERY
 
@@ -14,11 +15,13 @@ _GROUP_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Group:
-    """Sequences of one length: tokens start .. start + count * length of the packed sample."""
+    """Sequences of one length: tokens start .. start + count * length of the packed sample; `members` are their
+    indices in the sample."""
 
     start: int
     count: int
     length: int
+    members: tuple[int, ...] = ()
 
     @property
     def rows(self) -> slice:
@@ -36,25 +39,30 @@ class PackedSample:
         held_out: (tokens,) bool, tokens of the sequences that choose the regularisation.
     """
 
-    def __init__(self, sequences: Sequence[dict[str, list[int]]]) -> None:
-        ordered = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]["input_ids"]), i))
+    def __init__(self, sequences: Sequence[dict[str, list[int]]], column: str = "input_ids") -> None:
+        """column: `"input_ids"` or `"decoder_input_ids"`, whose tokens are packed."""
+        ordered = sorted(range(len(sequences)), key=lambda i: (len(sequences[i][column]), i))
         ids: list[int] = []
         types: list[int] = []
         held: list[bool] = []
         self.groups: list[Group] = []
+        self._places: dict[int, tuple[int, int]] = {}
         at = 0
         while at < len(ordered):
-            length = len(sequences[ordered[at]]["input_ids"])
+            length = len(sequences[ordered[at]][column])
             members: list[int] = []
-            while at < len(ordered) and len(sequences[ordered[at]]["input_ids"]) == length:
+            while at < len(ordered) and len(sequences[ordered[at]][column]) == length:
                 if members and (len(members) + 1) * length > _GROUP_TOKENS:
                     break
                 members.append(ordered[at])
                 at += 1
-            self.groups.append(Group(len(ids), len(members), length))
+            if length == 0:
+                continue
+            self.groups.append(Group(len(ids), len(members), length, tuple(members)))
             for i in members:
                 row = sequences[i]
-                ids += row["input_ids"]
+                self._places[i] = (len(ids), length)
+                ids += row[column]
                 types += row.get("token_type_ids", [0] * length)
                 held += [i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1] * length
         self.tokens = len(ids)
@@ -65,6 +73,43 @@ class PackedSample:
         positions = [torch.arange(group.length).repeat(group.count) for group in self.groups]
         self.positions = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)
         self.first = self.positions == 0
+
+    def padded_rows(self, members: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed rows of these sequences (n, longest), and which of them are real; the others repeat a row."""
+        places = torch.tensor([self._places[i] for i in members])
+        offset = torch.arange(int(places[:, 1].max()))
+        real = offset < places[:, 1:]
+        return places[:, :1] + offset * real, real
+
+
+def padded_batches(
+    sequences: Sequence[dict[str, list[int]]], device: torch.device, max_tokens: int = _GROUP_TOKENS
+) -> list[dict[str, torch.Tensor]]:
+    """The sequences sorted by length, padded with zeros, with masks; at most `max_tokens` entries in a batch."""
+    ordered = sorted(sequences, key=lambda row: (len(row["input_ids"]), len(row.get("decoder_input_ids", ()))))
+    batches: list[dict[str, torch.Tensor]] = []
+    members: list[dict[str, list[int]]] = []
+
+    def close() -> None:
+        if members:
+            batch: dict[str, torch.Tensor] = {}
+            for name in members[0]:
+                rows = [torch.tensor(row[name]) for row in members]
+                batch[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+                if name in ("input_ids", "decoder_input_ids"):
+                    ones = [torch.ones_like(row) for row in rows]
+                    mask = nn.utils.rnn.pad_sequence(ones, batch_first=True).to(device)
+                    batch["attention_mask" if name == "input_ids" else "decoder_attention_mask"] = mask
+            batches.append(batch)
+            members.clear()
+
+    for row in ordered:
+        longest = max(len(row["input_ids"]), len(row.get("decoder_input_ids", ())))
+        if members and (len(members) + 1) * longest > max_tokens:
+            close()
+        members.append(row)
+    close()
+    return batches
 
 
 class Stream:
@@ -86,6 +131,12 @@ class Stream:
         self._file.seek(rows.start * self.width * 4)
         self._file.readinto(buffer.data)
         return torch.from_numpy(buffer)
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n, width) of any rows (n,)."""
+        self._file.flush()
+        whole = np.memmap(self._file, dtype=np.float32, mode="r", shape=(self.tokens, self.width))
+        return torch.from_numpy(np.asarray(whole[rows.numpy()]))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         for start in range(0, self.tokens, _GROUP_TOKENS):

@@ -6,7 +6,10 @@ import torch
 from transformers import PreTrainedModel
 
 from .. import modeling_tcsp_t5
+from ..architectures import blocks_of
 from ..configuration_tcsp_t5 import TCSPT5Config
+from .plan import Sizes
+from .refit_t5 import T5Refit
 from .subspace import Basis
 
 Tensors = dict[str, torch.Tensor]
@@ -16,23 +19,58 @@ def model_class(head: str) -> type[PreTrainedModel]:
     return getattr(modeling_tcsp_t5, f"TCSPT5{head}")
 
 
-def config_fields(dense: PreTrainedModel, sizes: dict[str, int], own_bases: bool) -> dict[str, object]:
+def config_fields(
+    dense: PreTrainedModel, widths: dict[str, int], own_bases: bool, sizes: Sizes, kept_heads: list[list[int]]
+) -> dict[str, object]:
     """Fields of `TCSPT5Config` beside the stock ones; `own_bases`: encoder and decoder do not share theirs."""
-    encoder = sizes["encoder.final"]
-    decoder = sizes.get("decoder.final", encoder)
+    config = dense.config
+    encoder = widths["encoder.final"]
+    decoder = widths.get("decoder.final", encoder)
+    fields: dict[str, object] = {}
+    attention = [block for block in blocks_of(dense) if block.attends]
+    networks = [block for block in blocks_of(dense) if not block.attends]
+    for stack in ("encoder", "decoder"):
+        filters = [size for size, block in zip(sizes.filters, networks, strict=True) if block.stack == stack]
+        if any(size != config.d_ff for size in filters):
+            fields[f"{stack}_layer_intermediate_sizes"] = filters
+    for group in ("encoder", "decoder", "cross"):
+        cross = group == "cross"
+        mine = [
+            i for i, b in enumerate(attention) if (b.kind == "cross") == cross and (cross or b.stack == group)
+        ]
+        if any(sizes.heads[i] != config.num_heads for i in mine):
+            name = "cross_layer_attention_heads" if cross else f"{group}_layer_kept_heads"
+            fields[name] = [sizes.heads[i] if cross else kept_heads[i] for i in mine]
+        for kind, chosen in (("qk", sizes.qk), ("vo", sizes.vo)):
+            if any(chosen[i] != config.d_kv for i in mine):
+                fields[f"{group}_layer_{kind}_head_sizes"] = [chosen[i] for i in mine]
     return {
+        **fields,
         "d_model": decoder,
         "encoder_hidden_size": encoder if own_bases else None,
-        "source_hidden_size": dense.config.d_model,
+        "source_hidden_size": config.d_model,
         "tie_lm_head": False,
         "scale_decoder_outputs": False,
         "tie_word_embeddings": True,
     }
 
 
+def assemble(dense: PreTrainedModel, config: TCSPT5Config, bases: dict[str, Basis], made: T5Refit) -> Tensors:
+    """State dict of a refit model: the solved blocks, and the heads that read them."""
+    tensors = {**project(dense, config, bases), **made.tensors}
+    prefix = "transformer." if hasattr(dense, "transformer") else ""
+    for stack, lift in made.lifts.items():
+        tensors[f"{prefix}{stack}.lift_map.weight"] = lift
+    return {**tensors, **project_heads(dense, _source(dense), list(made.lifts.values())[-1])}
+
+
+def _source(dense: PreTrainedModel) -> Tensors:
+    return {name: value.detach().to("cpu", torch.float64) for name, value in dense.state_dict().items()}
+
+
 def project(dense: PreTrainedModel, config: TCSPT5Config, bases: dict[str, Basis]) -> Tensors:
     """State dict of the compressed model; all sites of a stack hold the same decoder and encoder, with own gains."""
-    source = {name: value.detach().to("cpu", torch.float64) for name, value in dense.state_dict().items()}
+    source = _source(dense)
     prefix = "transformer." if hasattr(dense, "transformer") else ""
     result: Tensors = {}
     size = config.dense_hidden_size
@@ -77,8 +115,13 @@ def project(dense: PreTrainedModel, config: TCSPT5Config, bases: dict[str, Basis
         result[f"{top}.lift_map.weight"] = gamma[:, None] * last.decoder
         result[f"{top}.lift_map.bias"] = torch.zeros(size, dtype=torch.float64)
 
-    read_by_head = stacks[-1]
-    reader = result[f"{prefix}{read_by_head}.lift_map.weight"]
+    reader = result[f"{prefix}{stacks[-1]}.lift_map.weight"]
+    return {**result, **project_heads(dense, source, reader)}
+
+
+def project_heads(dense: PreTrainedModel, source: Tensors, reader: torch.Tensor) -> Tensors:
+    """What reads the last hidden states; reader (D, k): dense hidden state ~ reader @ z."""
+    result: Tensors = {}
     for name in ("lm_head", "qa_outputs", "classifier", "classification_head.dense"):
         if f"{name}.weight" in source:
             result[f"{name}.weight"] = source[f"{name}.weight"] @ reader
@@ -88,5 +131,5 @@ def project(dense: PreTrainedModel, config: TCSPT5Config, bases: dict[str, Basis
         if f"classification_head.out_proj.{kind}" in source:
             result[f"classification_head.out_proj.{kind}"] = source[f"classification_head.out_proj.{kind}"]
     if "lm_head.weight" in result and getattr(dense.config, "scale_decoder_outputs", False):
-        result["lm_head.weight"] *= size**-0.5
+        result["lm_head.weight"] *= dense.config.d_model**-0.5
     return result

@@ -1,0 +1,47 @@
+"""What a compressed model really lost, on sequences of the calibration's own sample."""
+
+import torch
+from transformers import PreTrainedModel
+
+from ..calibration import Calibration
+from ..calibration.divergence import divergence, model_inputs
+from ..calibration.objectives import objective_of
+from .least_squares import HELD_OUT_EVERY
+from .streams import padded_batches
+
+_SEQUENCES = 200
+_TOKENS = 8192
+
+
+def probe_sequences(stats: Calibration, sequences: int, tokens: int) -> list[dict[str, list[int]]]:
+    """The first held-out sequences of the sample, within both limits (at least one, where there is any)."""
+    rows = stats.sample.sequences()
+    held = [row for i, row in enumerate(rows) if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1] or rows
+    chosen: list[dict[str, list[int]]] = []
+    used = 0
+    for row in held:
+        used += max(len(row["input_ids"]), len(row.get("decoder_input_ids", ())))
+        if chosen and (len(chosen) >= sequences or used > tokens):
+            break
+        chosen.append(row)
+    return chosen
+
+
+def measured_loss(dense: PreTrainedModel, small: PreTrainedModel, stats: Calibration) -> float | None:
+    """Mean divergence to the dense model, in nats per sequence; None without a sample."""
+    rows = probe_sequences(stats, _SEQUENCES, _TOKENS)
+    if not rows:
+        return None
+    objective = stats.objective if stats.objective != "none" else objective_of(dense, "mean")[0]
+    total, training = 0.0, [module for module in dense.modules() if module.training]
+    dense.eval()
+    with torch.no_grad():
+        for batch in padded_batches(rows, dense.device):
+            inputs = model_inputs(dense, batch)
+            expected, found = dense(**inputs), small(**inputs)
+            if objective.startswith("embedding"):
+                found.last_hidden_state = small.lift(found.last_hidden_state)
+            total += float(divergence(dense, objective, batch, expected, found))
+    for module in training:
+        module.training = True
+    return total / len(rows)

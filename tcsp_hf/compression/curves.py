@@ -1,0 +1,434 @@
+"""What every part would lose at every size, predicted from the dense model alone and checked on it.
+
+The loss is the second-order (Fisher) estimate of the KL divergence to the dense model, `½ E[(sum over tokens of
+g'δ)²]`. What a part loses when it is cut alone, with its block's output linear solved again, comes from normal
+equations on the dense model's own activations (`g` enters through Gamma and its coherence over a sequence). Then the
+part is really cut in the dense model, at two sizes, on held-out sequences, and the curve is scaled to what that costs:
+errors that add up over tokens, or that the estimate cannot see, are counted as they are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..architectures import Block, blocks_of, family_of, sites_of
+from ..calibration import Calibration
+from ..calibration.divergence import divergence, model_inputs
+from ..calibration.objectives import objective_of
+from .check import probe_sequences
+from .filters import drop_inputs
+from .heads import drop_heads, inverse_root, score_moments
+from .least_squares import HELD_OUT_EVERY, NormalEquations, solve
+from .metrics import Metrics
+from .plan import Costs, LossCurves
+from .streams import padded_batches
+from .subspace import Spectrum
+
+_ROWS_PER_INPUT = 8  # tokens for every regressor in the curves' normal equations
+_HIDDEN_REPAIR = 1 / 3  # what the refit leaves of the loss of a narrower site (measured: see the log)
+_PROBE_SEQUENCES = 96
+_PROBE_TOKENS = 4096
+_SCALE_LIMIT = 100.0
+
+Alter = Callable[[Any], Any]
+
+
+@dataclass
+class _Record:
+    """Sums over tokens at one block of the dense model."""
+
+    equations: NormalEquations
+    scores: list[torch.Tensor]
+    tokens: int = 0
+    weight: float = 0.0
+
+
+class CurveMeasure:
+    """Measures the curves of one model; `run` does the work."""
+
+    def __init__(
+        self,
+        dense: PreTrainedModel,
+        stats: Calibration,
+        costs: Costs,
+        groups: list[list[str]],
+        spectra: list[Spectrum],
+        axes: Sequence[str],
+    ) -> None:
+        """groups: sites that share a subspace, one group for each entry of `Sizes.hidden`; spectra: of each."""
+        self.dense, self.stats, self.costs, self.axes = dense, stats, costs, axes
+        self.groups, self.spectra = groups, spectra
+        self.family, _ = family_of(dense)
+        self.blocks = blocks_of(dense)
+        self.norms = {site.name: site for site in sites_of(dense)}
+        self.objective, _ = objective_of(dense, "mean")
+        if stats.objective != "none":
+            self.objective = stats.objective
+        self.device = dense.device
+        rows = stats.sample.sequences()
+        self.probe = padded_batches(probe_sequences(stats, _PROBE_SEQUENCES, _PROBE_TOKENS), self.device)
+        self.sequences = max(1, sum(len(batch["input_ids"]) for batch in self.probe))
+        fit = [row for i, row in enumerate(rows) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1] or rows
+        wanted = _ROWS_PER_INPUT * (costs.neurons + costs.full)
+        self.batches = padded_batches(_first(fit, wanted), self.device)
+        self.metrics = Metrics(dense, stats, self.probe)
+        count = len(rows) or 1
+        self.lengths = {
+            "encoder": sum(len(row["input_ids"]) for row in rows) / count,
+            "decoder": sum(len(row.get("decoder_input_ids", ())) for row in rows) / count,
+        }
+        self.expected: list[Any] = []
+        attended = {block.writes: i for i, block in enumerate(b for b in self.blocks if b.attends)}
+        connected = {block.writes: i for i, block in enumerate(b for b in self.blocks if not b.attends)}
+        self.number = {**attended, **connected}
+
+    def run(self, progress: bool | None = None) -> LossCurves:
+        with torch.no_grad(), _eager(self.dense):
+            self.expected = [self._forward(batch) for batch in self.probe]
+            curves = LossCurves()
+            for members, spectrum in zip(self.groups, self.spectra, strict=True):
+                curves.hidden.append(self._hidden_curve(members, spectrum))
+            bar = tqdm(
+                total=len(self.blocks), unit="block", desc="search", disable=None if progress is None else not progress
+            )
+            with bar:
+                for chosen in self._portions():
+                    records = self._record(chosen)
+                    for block in chosen:
+                        self._block_curves(block, records.pop(block.writes, None), curves)
+                        bar.update(1)
+        return curves
+
+    def _forward(self, batch: dict[str, torch.Tensor]) -> Any:
+        return self.dense(**model_inputs(self.dense, batch))
+
+    def _loss(self, alter: Callable[[ExitStack], None]) -> float:
+        """Mean divergence of the dense model with something changed, nats per sequence."""
+        total = 0.0
+        with ExitStack() as stack:
+            alter(stack)
+            for batch, expected in zip(self.probe, self.expected, strict=True):
+                inputs = {**batch}
+                total += float(divergence(self.dense, self.objective, inputs, expected, self._forward(batch)))
+        return total / self.sequences
+
+    def _scaled(self, curve: np.ndarray, sizes: Sequence[int], alter: Callable[[int, ExitStack], None]) -> np.ndarray:
+        """The curve times what the loss really is over what it predicts, at these sizes and between them."""
+        points: list[tuple[int, float]] = []
+        for size in sizes:
+            predicted = float(curve[size])
+            measured = self._loss(partial(alter, size))
+            if predicted > 0.0 and np.isfinite(measured) and measured > 0.0:
+                points.append((size, np.log(np.clip(measured / predicted, 1 / _SCALE_LIMIT, _SCALE_LIMIT))))
+        if not points:
+            return curve
+        points.sort()
+        factor = np.exp(np.interp(np.arange(len(curve)), [size for size, _ in points], [scale for _, scale in points]))
+        return np.maximum.accumulate((curve * factor)[::-1])[::-1].copy()
+
+    # --- widths ------------------------------------------------------------------------------------------------
+
+    def _hidden_curve(self, members: list[str], spectrum: Spectrum) -> np.ndarray:
+        tail = spectrum.values.flip(0).cumsum(0).flip(0)
+        values = torch.cat([tail, tail.new_zeros(1)]).numpy()
+        scale = sum(0.5 * self.lengths[self.norms[name].stack] * self.metrics.unit(name) for name in members)
+        curve = scale * values
+        if "hidden" not in self.axes:
+            return curve
+        full = self.costs.full
+
+        def alter(size: int, stack: ExitStack) -> None:
+            basis = spectrum.cut(size)
+            projector = (basis.decoder @ basis.encoder.T).to(self.device, torch.float32)
+            for name in members:
+                site = self.norms[name]
+
+                def project(module: Any, args: Any, output: torch.Tensor, site: Any = site) -> torch.Tensor:
+                    normalised = site.normalise(args[0].float())
+                    lost = (normalised @ projector.T - normalised) * module.weight.float()
+                    return output + lost.to(output.dtype)
+
+                stack.callback(site.norm.register_forward_hook(project).remove)
+
+        return _HIDDEN_REPAIR * self._scaled(curve, [full // 4, full // 2, 3 * full // 4], alter)
+
+    # --- blocks ------------------------------------------------------------------------------------------------
+
+    def _portions(self) -> Iterator[list[Block]]:
+        """Blocks whose normal equations fit together into the memory of the dense model's own weights."""
+        wanted = [b for b in self.blocks if ("heads" if b.attends else "filters") in self.axes]
+        rest = [b for b in self.blocks if b not in wanted]
+        room = sum(p.numel() for p in self.dense.parameters()) * 4
+        portion: list[Block] = []
+        used = 0
+        for block in wanted:
+            size = 8 * self._inputs(block) ** 2
+            if portion and used + size > room:
+                yield portion
+                portion, used = [], 0
+            portion.append(block)
+            used += size
+        if portion:
+            yield portion
+        if rest:
+            yield rest
+
+    def _inputs(self, block: Block) -> int:
+        """Regressors of a block's output: its activations and, in a BERT, the stream and a constant."""
+        return block.output.in_features + (self.costs.full + 1 if self.family == "bert" else 0)
+
+    def _record(self, blocks: list[Block]) -> dict[str, _Record]:
+        measured = [b for b in blocks if ("heads" if b.attends else "filters") in self.axes]
+        records: dict[str, _Record] = {}
+        if not measured:
+            return records
+        heads, size = self.costs.heads, self.costs.head_size
+        for block in measured:
+            inputs = block.output.in_features + (self.costs.full if self.family == "bert" else 0)
+            records[block.writes] = _Record(
+                NormalEquations.zeros(inputs, 1, self.device, bias=self.family == "bert"),
+                [torch.zeros(heads, size, size, dtype=torch.float64, device=self.device) for _ in range(2)],
+            )
+        seen: dict[Any, torch.Tensor] = {}
+
+        def keep_input(block: Block, module: Any, args: Any) -> None:
+            seen[block.writes, "activations"] = args[0]
+
+        def keep_output(key: Any, module: Any, args: Any, output: Any) -> None:
+            seen[key] = output[-1] if isinstance(output, tuple) else output
+
+        def keep_stream(name: str, module: Any, args: Any, output: torch.Tensor) -> None:
+            seen[name] = self.norms[name].normalise(args[0].float())
+
+        with ExitStack() as stack:
+            for block in measured:
+                stack.callback(block.output.register_forward_pre_hook(partial(keep_input, block)).remove)
+                stack.callback(self.norms[block.reads].norm.register_forward_hook(partial(keep_stream, block.reads)).remove)
+                if block.attention is not None:
+                    for module, key in zip((*block.inner[:2], block.attention), ("query", "key", "attention"), strict=True):
+                        hook = partial(keep_output, (block.writes, key))
+                        stack.callback(module.register_forward_hook(hook).remove)
+            scales = stack.enter_context(self.metrics.recording([block.writes for block in measured]))
+            for batch in self.batches:
+                seen.clear()
+                self._forward(batch)
+                for block in measured:
+                    self._add(block, records[block.writes], seen, scales[block.writes], batch)
+        return records
+
+    def _add(
+        self, block: Block, record: _Record, seen: dict[Any, torch.Tensor], scale: torch.Tensor, batch: dict[str, Any]
+    ) -> None:
+        name = "attention_mask" if block.stack == "encoder" else "decoder_attention_mask"
+        mask = batch[name].bool()
+        parts = [seen[block.writes, "activations"].reshape(*mask.shape, -1)[mask].float()]
+        if self.family == "bert":
+            parts.append(seen[block.reads].reshape(*mask.shape, -1)[mask])
+        importance = self.metrics.token_weights(block.writes, mask)
+        weights = importance / scale.reshape(mask.shape)[mask].square()
+        nothing = torch.zeros(len(weights), 1, device=self.device)
+        held = torch.zeros_like(weights, dtype=torch.bool)
+        segments = self.metrics.segments(mask.sum(1).tolist())
+        record.equations.add(parts, nothing, weights, held, segments, self.metrics.coherence(block.writes))
+        record.tokens += len(weights)
+        record.weight += float(importance.sum())
+        if block.attends:
+            query, key = (
+                part.reshape(-1, part.shape[-2], self.costs.heads, self.costs.head_size).transpose(1, 2).float()
+                for part in (seen[block.writes, "query"], seen[block.writes, "key"])
+            )
+            moments = score_moments(query, key, seen[block.writes, "attention"].float(), mask)
+            for total, part in zip(record.scores, moments, strict=True):
+                total += part
+
+    def _solution(self, block: Block) -> torch.Tensor:
+        """The dense output linear in its normal equations' regressors, (D, inputs) float64, as the next norm sees it."""
+        weight = block.output.weight.detach().double()
+        if self.family != "bert":
+            return weight
+        gamma = self.norms[block.reads].norm.weight.detach().double()
+        residual = torch.diag(gamma)
+        nothing = torch.zeros(self.costs.full, 1, dtype=torch.float64, device=self.device)
+        whole = torch.cat([weight, residual, nothing], dim=1)
+        return whole - whole.mean(0)
+
+    def _block_curves(self, block: Block, record: _Record | None, curves: LossCurves) -> None:
+        if record is None:
+            if block.attends:
+                curves.heads.append(np.zeros(self.costs.heads + 1))
+                curves.qk.append(np.zeros(self.costs.head_size + 1))
+                curves.vo.append(np.zeros(self.costs.head_size + 1))
+            else:
+                curves.filters.append(np.zeros(self.costs.neurons + 1))
+            return
+        per_sequence = 0.5 * self.lengths[block.stack]
+        moments = record.equations.total[0] / max(1e-9, record.weight)
+        whole = self._solution(block)
+        weighed = self.metrics.root(block.writes) @ whole
+        if not block.attends:
+            curves.filters.append(self._filter_curve(block, moments, whole, weighed, per_sequence))
+            return
+        scores = [moment / max(1, record.tokens) for moment in record.scores]
+        curves.qk.append(self._score_curve(block, scores, per_sequence))
+        curves.vo.append(self._value_curve(block, moments, whole, weighed, per_sequence))
+        curves.heads.append(self._head_curve(block, moments, whole, weighed, per_sequence))
+
+    def _replace(self, block: Block, change: torch.Tensor, stack: ExitStack) -> None:
+        """Add to the block's output what `change` (D, inputs) makes of its regressors."""
+        weight = change.float()
+        width = block.output.in_features
+        streams: dict[str, torch.Tensor] = {}
+
+        def keep(module: Any, args: Any, output: torch.Tensor) -> None:
+            streams["n"] = self.norms[block.reads].normalise(args[0].float())
+
+        def add(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            more = nn.functional.linear(args[0].float(), weight[:, :width])
+            if self.family == "bert":
+                more = more + nn.functional.linear(streams["n"], weight[:, width:-1], weight[:, -1])
+            return output + more.to(output.dtype)
+
+        if self.family == "bert":
+            stack.callback(self.norms[block.reads].norm.register_forward_hook(keep).remove)
+        stack.callback(block.output.register_forward_hook(add).remove)
+
+    def _without(self, moments: torch.Tensor, whole: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
+        """The change of the solution (D, inputs) when the inputs `gone` (mask) go and the others are solved again."""
+        stays = ~gone
+        cross = moments[stays] @ whole.T
+        again = solve(moments[stays][:, stays], cross, whole[:, stays].T.contiguous(), 1e-4, self.family == "bert")
+        change = -whole.clone()
+        change[:, stays] += again.T
+        return change
+
+    def _filter_curve(
+        self, block: Block, moments: torch.Tensor, whole: torch.Tensor, weighed: torch.Tensor, per_sequence: float
+    ) -> np.ndarray:
+        neurons = self.costs.neurons
+        step = max(1, neurons // 96)
+        order, points = drop_inputs(moments, weighed, neurons, step, max(1, neurons // 48))
+        left = [float(count) for count, _ in points][::-1]
+        curve = per_sequence * np.interp(np.arange(neurons + 1), left, [value for _, value in points][::-1])
+
+        def alter(size: int, stack: ExitStack) -> None:
+            kept, _ = drop_inputs(moments, weighed, neurons, size, max(1, neurons // 48))
+            gone = torch.zeros(moments.shape[0], dtype=torch.bool, device=self.device)
+            gone[:neurons] = True
+            gone[kept] = False
+            self._replace(block, self._without(moments, whole, gone), stack)
+
+        return self._scaled(curve, [neurons // 8, neurons // 2], alter)
+
+    def _value_curve(
+        self, block: Block, moments: torch.Tensor, whole: torch.Tensor, weighed: torch.Tensor, per_sequence: float
+    ) -> np.ndarray:
+        size, heads = self.costs.head_size, self.costs.heads
+        diagonal = moments.diagonal()
+        inverse = torch.linalg.inv(moments + torch.diag(1e-4 * diagonal.clamp(min=1e-8 * float(diagonal.mean()))))
+        curve = torch.zeros(size + 1, dtype=torch.float64)
+        turns: list[torch.Tensor] = []
+        for head in range(heads):
+            mine = slice(head * size, (head + 1) * size)
+            root, inverse_of_root = inverse_root(torch.linalg.inv(inverse[mine, mine]))
+            _, losses, right = torch.linalg.svd(weighed[:, mine] @ root, full_matrices=False)
+            losses = losses.square()
+            curve[: len(losses)] += losses.flip(0).cumsum(0).flip(0).cpu()
+            turns.append(right @ inverse_of_root)
+
+        def alter(kept: int, stack: ExitStack) -> None:
+            rest = torch.eye(moments.shape[0] - heads * size, dtype=torch.float64, device=self.device)
+            turn = torch.block_diag(*(t[:kept] for t in turns), rest)
+            again = solve(
+                turn @ moments @ turn.T,
+                turn @ moments @ whole.T,
+                torch.linalg.pinv(turn).T @ whole.T,
+                1e-4,
+                self.family == "bert",
+            )
+            self._replace(block, again.T @ turn - whole, stack)
+
+        return self._scaled(per_sequence * curve.numpy(), [max(1, size // 4), max(1, size // 2)], alter)
+
+    def _head_curve(
+        self, block: Block, moments: torch.Tensor, whole: torch.Tensor, weighed: torch.Tensor, per_sequence: float
+    ) -> np.ndarray:
+        size, heads = self.costs.head_size, self.costs.heads
+        if heads == 1:
+            return np.zeros(2)
+        _, losses = drop_heads(moments, weighed, heads, size, 1)
+        curve = per_sequence * np.array([2.0 * losses[-1], *losses[::-1]])
+
+        def alter(kept: int, stack: ExitStack) -> None:
+            stays, _ = drop_heads(moments, weighed, heads, size, kept)
+            gone = torch.zeros(moments.shape[0], dtype=torch.bool, device=self.device)
+            gone[: heads * size] = True
+            for head in stays.tolist():
+                gone[head * size : (head + 1) * size] = False
+            self._replace(block, self._without(moments, whole, gone), stack)
+
+        return self._scaled(curve, [max(1, heads // 2), heads - 1], alter)
+
+    def _score_curve(self, block: Block, moments: list[torch.Tensor], per_sequence: float) -> np.ndarray:
+        size = self.costs.head_size
+        gradient = self.metrics.query(block.writes, self.costs.heads, size)
+        identity = torch.eye(size, dtype=torch.float64, device=self.device)
+        query_root, _ = inverse_root(moments[0])
+        key_root, key_inverse = inverse_root(moments[1])
+        _, _, right = torch.linalg.svd(query_root @ key_root)
+
+        def kept(count: int) -> torch.Tensor:
+            """(H, d, d): the query that the best rank-`count` score amounts to."""
+            return key_inverse @ right[:, :count].mT @ right[:, :count] @ key_root
+
+        curve = torch.zeros(size + 1, dtype=torch.float64)
+        for count in range(1, size):
+            lost = identity - kept(count)
+            curve[count] = (gradient * (lost @ moments[0] @ lost.mT)).sum()
+        curve[0] = 2.0 * curve[1]
+        losses = np.maximum.accumulate(curve.flip(0).numpy())[::-1].copy()
+
+        def alter(count: int, stack: ExitStack) -> None:
+            turn = torch.block_diag(*kept(count)).float()
+
+            def narrow(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+                return nn.functional.linear(output.float(), turn).to(output.dtype)
+
+            stack.callback(block.inner[0].register_forward_hook(narrow).remove)
+
+        return self._scaled(per_sequence * losses, [max(1, size // 4), max(1, size // 2)], alter)
+
+
+def _first(rows: list[dict[str, list[int]]], tokens: int) -> list[dict[str, list[int]]]:
+    """The first sequences with at most so many tokens (at least one)."""
+    chosen: list[dict[str, list[int]]] = []
+    for row in rows:
+        tokens -= max(len(row["input_ids"]), len(row.get("decoder_input_ids", ())))
+        if chosen and tokens < 0:
+            break
+        chosen.append(row)
+    return chosen
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode with attention that returns its probabilities; everything is put back afterwards."""
+    before = model.config._attn_implementation
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    if before != "eager":
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if before != "eager":
+            model.set_attn_implementation(before)
+        for module in training:
+            module.training = True

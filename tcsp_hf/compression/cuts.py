@@ -1,0 +1,67 @@
+"""Cuts inside a block during the refit: from the normal equations of its output linear, before that is solved."""
+
+import torch
+
+from .filters import drop_inputs
+from .heads import drop_heads, value_factors
+from .least_squares import NormalEquations, solve
+
+_FIRST_PASS_STRENGTH = 1e-2
+_FEWEST_BLOCKS = 48
+
+Problem = tuple[NormalEquations, torch.Tensor]
+"""Normal equations of an output linear, and its prior (entries of x, outputs)."""
+
+
+def cut_values(
+    problem: Problem, root: torch.Tensor, heads: int, head_size: int, keep: int, size: int
+) -> tuple[Problem, torch.Tensor | None, torch.Tensor]:
+    """Keep `keep` heads and `size` values of each; the contexts of all heads are the first inputs.
+
+    Args:
+        root: square root of the metric of errors (outputs, outputs).
+
+    Returns:
+        The problem of what is left, the map (keep * size, heads * head_size) float64 from the old contexts (and
+        values) to the new ones, None when nothing was cut, and the kept heads' indices, ascending.
+    """
+    equations, prior = problem
+    kept = torch.arange(heads, device=prior.device)
+    if keep == heads and size == head_size:
+        return problem, None, kept
+    select = torch.eye(heads * head_size, dtype=torch.float64, device=prior.device)
+    if keep < heads:
+        first = solve(*equations.total, prior, _FIRST_PASS_STRENGTH, equations.bias)
+        kept, _ = drop_heads(equations.total[0], root @ first.T, heads, head_size, keep)
+        entries = (kept[:, None] * head_size + torch.arange(head_size, device=prior.device)).flatten()
+        others = torch.arange(heads * head_size, len(prior), device=prior.device)
+        rows = torch.cat([entries, others])
+        equations, prior = equations.keep(rows[:-1] if equations.bias else rows), prior[rows]
+        select = select[entries]
+    if size < head_size:
+        first = solve(*equations.total, prior, _FIRST_PASS_STRENGTH, equations.bias)
+        factors = value_factors(equations.total[0], root @ first.T, keep, head_size, size)
+        turn = torch.block_diag(*factors)
+        others_count = equations.inputs - keep * head_size
+        rest = torch.eye(others_count, dtype=torch.float64, device=prior.device)
+        equations = equations.transform(torch.block_diag(turn, rest))
+        prior = torch.cat([torch.linalg.pinv(turn).T @ prior[: keep * head_size], prior[keep * head_size :]])
+        select = turn @ select
+    return (equations, prior), select, kept
+
+
+def cut_filters(problem: Problem, root: torch.Tensor, neurons: int, keep: int) -> tuple[Problem, torch.Tensor]:
+    """Keep `keep` of the neurons, which are the first inputs; returns what is left and the kept ones' indices."""
+    equations, prior = problem
+    if keep == neurons:
+        return problem, torch.arange(neurons, device=prior.device)
+    first = solve(*equations.total, prior, _FIRST_PASS_STRENGTH, equations.bias)
+    block = max(16, (neurons - keep) // _FEWEST_BLOCKS)
+    kept, _ = drop_inputs(equations.total[0], root @ first.T, neurons, keep, block)
+    rows = torch.cat([kept, torch.arange(neurons, len(prior), device=prior.device)])
+    return (equations.keep(rows[:-1] if equations.bias else rows), prior[rows]), kept
+
+
+def head_rows(kept: torch.Tensor, size: int) -> torch.Tensor:
+    """Row indices of the kept heads in a linear with `size` outputs a head."""
+    return (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()
