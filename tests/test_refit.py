@@ -1,18 +1,23 @@
-"""The closed forms of the refit against brute force, and what they do for a whole model."""
+"""The closed forms of the refit against brute force, the search, and what both do for a whole model."""
 
 import pytest
 import torch
-from common import D, calibrated, find, make_dense, make_inputs, outputs
+from common import D, ONE_SOURCE_CASES, Case, calibrated, find, make_dense, make_inputs, outputs
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
-from tcsp_hf import TCSPError, compress
+from tcsp_hf import Calibration, TCSPError, compress
 from tcsp_hf.calibration.sample import TokenSample
-from tcsp_hf.compression import removed_fraction
+from tcsp_hf.compression import latency, removed_fraction
 from tcsp_hf.compression.filters import drop_inputs
 from tcsp_hf.compression.heads import score_factors, score_moments, value_factors
-from tcsp_hf.compression.least_squares import NormalEquations, gram, ridge, solve
+from tcsp_hf.compression.least_squares import NormalEquations, Segments, gram, ridge, solve
 from tcsp_hf.compression.streams import PackedSample, Stream
 
 BERT = find("bert-ForSequenceClassification")
+T5 = find("t5-ForConditionalGeneration")
+T5_ENCODER = find("t5-EncoderModel")
+per_case = pytest.mark.parametrize("case", ONE_SOURCE_CASES, ids=str)
 
 
 def problem(seed: int, rows: int = 400, inputs: int = 9, outputs_: int = 4) -> tuple[torch.Tensor, ...]:
@@ -111,7 +116,7 @@ def test_score_factors_are_exact_at_full_size_and_on_a_low_rank() -> None:
     generator = torch.Generator().manual_seed(7)
     query, key = (torch.randn(3, 2, 6, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     query[..., 3] = 0.0  # the score never sees this direction
-    moments = score_moments(query, key, 0.5)
+    moments = score_moments(query, key, (0.5 * query @ key.mT).softmax(-1))
     for size in (4, 3):
         p_query, p_key = score_factors(*moments, size)
         small = torch.einsum("hrd,bhld->bhlr", p_query, query) @ torch.einsum("hrd,bhld->bhlr", p_key, key).mT
@@ -161,58 +166,172 @@ def test_a_sample_keeps_its_budget_and_does_not_depend_on_order() -> None:
     assert again.sequences() == one.sequences()
 
 
-def distance(small: torch.nn.Module, dense: torch.nn.Module) -> float:
-    inputs = make_inputs(BERT)
+def distance(case: Case, small: torch.nn.Module, dense: torch.nn.Module) -> float:
+    inputs = make_inputs(case)
     with torch.no_grad():
-        one, other = outputs(BERT, small, inputs), outputs(BERT, dense, inputs)
+        one, other = outputs(case, small, inputs), outputs(case, dense, inputs)
     return float(sum((one[name] - other[name]).square().mean() for name in other))
 
 
-def test_refit_at_the_full_size_changes_nothing_and_below_it_helps() -> None:
-    dense = make_dense(BERT, torch.float32, 0)
-    stats = calibrated(BERT, dense)
+def sampled(case: Case) -> tuple[PreTrainedModel, Calibration]:
+    dense = make_dense(case, torch.float32, 0)
+    return dense, calibrated(case, dense, sample_tokens=65_536)
+
+
+@per_case
+def test_refit_at_the_full_size_changes_nothing_and_below_it_helps(case: Case) -> None:
+    dense, stats = sampled(case)
     whole = compress(dense, stats, hidden_size=D, refit=True)
-    assert distance(whole, dense) < 1e-6
-    plain = compress(dense, stats, hidden_size=D // 2)
-    refit = compress(dense, stats, hidden_size=D // 2, refit=True)
+    assert distance(case, whole, dense) < 1e-6
+    plain = compress(dense, stats, hidden_size=D // 2, refit=False)
+    refit = compress(dense, stats, hidden_size=D // 2)
     assert plain.config.projection["options"]["refit"] is False
     assert refit.config.projection["options"]["refit"] is True
     assert refit.config.site_widths() == plain.config.site_widths()
-    assert distance(refit, dense) < distance(plain, dense)
+    measured = [small.config.projection["options"]["measured_kl"] for small in (refit, plain)]
+    assert measured[0] < measured[1]
+    unchanged = compress(dense, stats, hidden_size=D)
+    assert unchanged.config.projection["options"]["refit"] is False
 
 
-@pytest.mark.parametrize("axes", [("filters",), ("heads",), ("hidden", "filters", "heads")], ids="+".join)
-def test_the_budget_is_met_on_every_axis(axes: tuple[str, ...]) -> None:
-    dense = make_dense(BERT, torch.float32, 0)
-    stats = calibrated(BERT, dense)
+AXES = [("filters",), ("heads",), ("hidden", "filters", "heads")]
+
+
+@pytest.mark.parametrize("axes", AXES, ids="+".join)
+@pytest.mark.parametrize("case", [BERT, T5, T5_ENCODER], ids=str)
+def test_the_budget_is_met_on_every_axis(case: Case, axes: tuple[str, ...]) -> None:
+    dense, stats = sampled(case)
     remove = 0.05 if axes == ("filters",) else 0.15
     small = compress(dense, stats, remove=remove, axes=axes)
     assert removed_fraction(dense, small) >= remove
+    options = small.config.projection["options"]
     assert small.config.projection["removed"] == pytest.approx(removed_fraction(dense, small), abs=1e-6)
-    assert small.config.projection["options"]["predicted_kl"] >= 0.0
+    assert options["predicted_kl"] > 0.0
+    assert options["measured_kl"] > 0.0
     again = compress(dense, stats, remove=remove, axes=axes)
     assert again.config.to_dict() == small.config.to_dict()
     for a, b in zip(again.parameters(), small.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_what_the_axes_cannot_do_is_named() -> None:
+@pytest.mark.parametrize("case", [BERT, T5], ids=str)
+def test_nothing_is_cut_that_need_not_be(case: Case) -> None:
+    dense, stats = sampled(case)
+    for remove in (0.1, 0.2, 0.3, 0.5):
+        removed = removed_fraction(dense, compress(dense, stats, remove=remove))
+        assert remove <= removed < remove + 0.06  # one rounding step of a tiny model
+
+
+@pytest.mark.parametrize("case", [BERT, T5], ids=str)
+def test_a_larger_budget_never_predicts_a_larger_loss(case: Case) -> None:
+    dense, stats = sampled(case)
+    predicted = [compress(dense, stats, remove=r).config.projection["options"]["predicted_kl"] for r in (0.1, 0.3, 0.5)]
+    assert predicted == sorted(predicted)
+
+
+@pytest.mark.parametrize("case", [BERT, T5], ids=str)
+def test_uniform_sizes(case: Case) -> None:
+    dense, stats = sampled(case)
+    config = compress(dense, stats, remove=0.3, uniform=True).config
+    assert len(set(config.site_widths().values())) == 1
+    for name, value in config.to_dict().items():
+        if "layer_" in name and isinstance(value, list):
+            assert len({str(entry if isinstance(entry, int) else len(entry)) for entry in value}) == 1, name
+
+
+@pytest.mark.parametrize("case", [BERT, T5], ids=str)
+def test_a_budget_of_operations(case: Case) -> None:
+    dense, stats = sampled(case)
+    small = compress(dense, stats, flops=0.6)
+    ids = {name: value[:1] for name, value in make_inputs(case).items()}
+    counted = []
+    for model in (dense, small):
+        model.set_attn_implementation("eager")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(**ids)
+        counted.append(counter.get_total_flops())
+    assert counted[1] < 0.85 * counted[0]  # the head's own and other lengths than the calibration's are in here
+
+
+def test_a_budget_of_time_is_searched_by_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, stats = sampled(BERT)
+    # a machine on which time is proportional to the parameters, give or take nothing
+    monkeypatch.setattr(latency, "_time_ratio", lambda run, a, b: 1.0 - removed_fraction(a, b))
+    small = compress(dense, stats, latency=0.7)
+    assert removed_fraction(dense, small) >= 0.3
+    rows = small.config.projection["options"]["latency_table"]
+    assert any(row["latency"] <= 0.7 for row in rows)
+    monkeypatch.setattr(latency, "_time_ratio", lambda run, a, b: 1.0)
+    with pytest.raises(TCSPError, match="fastest"):
+        compress(dense, stats, latency=0.7)
+
+
+def test_dead_parts_go_for_nothing() -> None:
+    dense, _ = sampled(BERT)
+    layers = dense.bert.encoder.layer
+    with torch.no_grad():
+        for layer in layers:
+            layer.intermediate.dense.weight[::2] = 0.0  # every other neuron is constant
+            layer.intermediate.dense.bias[::2] = 0.0
+            layer.attention.output.dense.weight[:, 8:16] = 0.0  # nobody reads the second head
+    stats = calibrated(BERT, dense, sample_tokens=65_536)
+    small = compress(dense, stats, remove=0.2, axes=("filters", "heads"))
+    assert distance(BERT, small, dense) < 1e-4
+    alive = compress(*sampled(BERT), remove=0.2, axes=("filters", "heads"))
+    measured = [model.config.projection["options"]["measured_kl"] for model in (small, alive)]
+    assert measured[0] < 1e-2 * measured[1]
+
+
+def test_whole_heads_go() -> None:
+    dense, _ = sampled(T5)
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            if name.endswith("Attention.o.weight"):
+                parameter[:, 16:24] = 0.0  # the third head of four
+    stats = calibrated(T5, dense, sample_tokens=65_536)
+    small = compress(dense, stats, remove=0.1, axes=("heads",))
+    assert distance(T5, small, dense) < 1e-4
+    kept = small.config.encoder_layer_kept_heads
+    assert kept is not None and all(2 not in heads for heads in kept)
+
+
+def test_segments_stand_for_sequences() -> None:
+    segments = Segments.of([5, 1, 4], 2, torch.device("cpu"))
+    assert segments.ids.tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 4, 4]
+    torch.testing.assert_close(segments.scale.square(), torch.tensor([5 / 3, 5 / 2, 1.0, 2.0, 2.0]))
+    u, t, w, held = problem(9, rows=10)
+    held = torch.zeros_like(held)
+    found = NormalEquations.zeros(9, 4, u.device)
+    found.add([u], t, w, held, segments, 0.25)
+    x = torch.cat([u, torch.ones(10, 1)], 1).double() * w.double().sqrt()[:, None]
+    sums = torch.stack([x[segments.ids == i].sum(0) for i in range(5)]) * segments.scale.double()[:, None]
+    torch.testing.assert_close(found.total[0], 0.75 * x.T @ x + 0.25 * sums.T @ sums, rtol=1e-4, atol=1e-3)
+
+
+def test_few_tokens_are_said_and_still_work(caplog: pytest.LogCaptureFixture) -> None:
     dense = make_dense(BERT, torch.float32, 0)
-    stats = calibrated(BERT, dense)
+    stats = calibrated(BERT, dense, sample_tokens=60)
+    with caplog.at_level("WARNING", logger="tcsp_hf"):
+        small = compress(dense, stats, remove=0.2)
+    assert "more text" in caplog.text
+    assert all(torch.isfinite(parameter).all() for parameter in small.parameters())
+
+
+def test_what_cannot_be_done_is_named() -> None:
+    dense, stats = sampled(BERT)
     with pytest.raises(TCSPError, match="smallest"):
         compress(dense, stats, remove=0.99, axes=("heads",))
     with pytest.raises(TCSPError, match="'width'"):
         compress(dense, stats, remove=0.2, axes=("hidden", "width"))
-    with pytest.raises(TCSPError, match="only remove="):
+    with pytest.raises(TCSPError, match="remove="):
         compress(dense, stats, hidden_size=16, axes=("filters",))
     with pytest.raises(TCSPError, match="need the refit"):
         compress(dense, stats, remove=0.2, axes=("filters",), refit=False)
-    with pytest.raises(TCSPError, match="per_site"):
-        compress(dense, stats, remove=0.2, axes=("filters",), projection="shared")
+    for name in ("flops", "latency"):
+        with pytest.raises(TCSPError, match=rf"{name} is 1\.5"):
+            compress(dense, stats, **{name: 1.5})
     stats.sample = TokenSample(0)
     with pytest.raises(TCSPError, match="sample_tokens"):
         compress(dense, stats, hidden_size=16, refit=True)
-    t5 = find("t5-ForConditionalGeneration")
-    dense_t5 = make_dense(t5, torch.float32, 0)
-    with pytest.raises(TCSPError, match="BERT"):
-        compress(dense_t5, calibrated(t5, dense_t5), hidden_size=16, refit=True)
+    with pytest.raises(TCSPError, match="sample_tokens"):
+        compress(dense, stats, remove=0.2, axes=("heads",))

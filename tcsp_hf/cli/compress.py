@@ -37,12 +37,18 @@ def compress_command(
     remove: Annotated[
         float | None, typer.Option(help="Fraction of the parameters (embeddings apart) to remove.")
     ] = None,
+    flops: Annotated[float | None, typer.Option(help="Fraction of the operations to keep at most.")] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="Fraction of the dense model's time to take at most, measured here.")
+    ] = None,
     axes: Annotated[
-        str, typer.Option(help="What --remove may cut: hidden, or for a BERT hidden,filters,heads (with a refit).")
-    ] = "hidden",
+        str | None,
+        typer.Option(help="What --remove, --flops and --latency may cut, of hidden,filters,heads; all by default."),
+    ] = None,
     refit: Annotated[
-        bool, typer.Option("--refit", help="Solve every linear again on the statistics' token sample (BERT).")
-    ] = False,
+        bool | None, typer.Option("--refit/--no-refit", help="Solve every linear again on the token sample.")
+    ] = None,
+    uniform: Annotated[bool, typer.Option("--uniform", help="One size of each kind for all layers.")] = False,
     stats: Annotated[
         Path | None,
         typer.Option(help="Statistics from `tcsp calibrate`; without them, calibrates on --data first."),
@@ -65,12 +71,12 @@ def compress_command(
 ) -> None:
     """Write a smaller model, with its tokenizer, that AutoModel.from_pretrained loads.
 
-    Give one of --hidden-size, --energy and --remove.
+    Give one of --hidden-size, --energy, --remove, --flops and --latency.
 
-    Example: tcsp compress my-org/my-classifier --stats stats/ --remove 0.44 --axes hidden,filters,heads -o small/
+    Example: tcsp compress my-org/my-classifier --stats stats/ --remove 0.44 -o small/
     """
-    if sum(value is not None for value in (hidden_size, energy, remove)) != 1:
-        raise TCSPError("Give exactly one of --hidden-size, --energy and --remove.")
+    if sum(value is not None for value in (hidden_size, energy, remove, flops, latency)) != 1:
+        raise TCSPError("Give exactly one of --hidden-size, --energy, --remove, --flops and --latency.")
     check_output_folder(output, overwrite)
     columns = columns_of(text_columns)
     found = None if stats is None else Calibration.load(stats)
@@ -93,10 +99,13 @@ def compress_command(
         hidden_size=hidden_size,
         energy=energy,
         remove=remove,
-        axes=tuple(axis.strip() for axis in axes.split(",")),
+        flops=flops,
+        latency=latency,
+        axes=None if axes is None else tuple(axis.strip() for axis in axes.split(",")),
         projection=projection,
         subspace=subspace,
-        refit=refit or None,
+        refit=refit,
+        uniform=uniform,
         multiple_of=multiple_of,
         progress=progress_of(quiet, as_json),
     )

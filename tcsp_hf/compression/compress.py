@@ -1,5 +1,6 @@
 """`compress`: dense model + statistics -> a new, smaller model. No data, no labels, no training."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,13 +17,16 @@ from .builder import Builder
 from .check import measured_loss
 from .curves import CurveMeasure
 from .latency import allocate_by_latency
-from .plan import LossCurves, Sizes, allocate
+from .least_squares import FEW_TOKENS
+from .plan import Sizes, allocate
 from .refit_bert import BertRefit
 from .refit_t5 import refit_t5
 from .request import DEFAULT_KIND, Request, check_request, check_statistics
 from .sizes import count_parameters, size_table
 from .streams import PackedSample
 from .subspace import Basis, Spectrum, make_basis, spectrum
+
+logger = logging.getLogger("tcsp_hf")
 
 
 def compress(
@@ -184,6 +188,15 @@ def _refit(
     record: dict[str, Any],
     progress: bool | None,
 ) -> PreTrainedModel:
+    costs = builder.costs()
+    inputs = costs.neurons + (costs.full if costs.maps else 0)
+    if stats.sample.tokens < FEW_TOKENS * inputs:
+        logger.warning(
+            "The sample holds %d tokens for up to %d unknowns of each output: the refit is regularised more strongly. "
+            "Calibrate on more text (and keep more of it: sample_tokens) for a smaller loss.",
+            stats.sample.tokens,
+            inputs,
+        )
     if builder.family == "t5":
         solved = refit_t5(model, stats, bases, sizes, progress)
         return builder.build(
@@ -265,6 +278,3 @@ def _pooled_spectrum(stats: Calibration, members: list[str], subspace: str, epsi
     if subspace == "balanced":
         fisher = torch.stack([stats.sites[name].fisher for name in members]).mean(0)
     return spectrum(subspace, moment, fisher, epsilon)
-
-
-__all__ = ["LossCurves", "WidthRow", "compress", "width_table"]

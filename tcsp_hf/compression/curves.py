@@ -34,6 +34,7 @@ from .subspace import Spectrum
 
 _ROWS_PER_INPUT = 8  # tokens for every regressor in the curves' normal equations
 _HIDDEN_REPAIR = 1 / 3  # what the refit leaves of the loss of a narrower site (measured: see the log)
+_HIDDEN_POWER = 0.5  # the refit repairs early sites better than the cut alone shows: half way (on a log scale)
 _PROBE_SEQUENCES = 96
 _PROBE_TOKENS = 4096
 _SCALE_LIMIT = 100.0
@@ -120,8 +121,14 @@ class CurveMeasure:
                 total += float(divergence(self.dense, self.objective, inputs, expected, self._forward(batch)))
         return total / self.sequences
 
-    def _scaled(self, curve: np.ndarray, sizes: Sequence[int], alter: Callable[[int, ExitStack], None]) -> np.ndarray:
-        """The curve times what the loss really is over what it predicts, at these sizes and between them."""
+    def _scaled(
+        self,
+        curve: np.ndarray,
+        sizes: Sequence[int],
+        alter: Callable[[int, ExitStack], None],
+        power: float = 1.0,
+    ) -> np.ndarray:
+        """The curve times what the loss really is over what it predicts, at these sizes and between them, to a power."""
         points: list[tuple[int, float]] = []
         for size in sizes:
             predicted = float(curve[size])
@@ -131,7 +138,8 @@ class CurveMeasure:
         if not points:
             return curve
         points.sort()
-        factor = np.exp(np.interp(np.arange(len(curve)), [size for size, _ in points], [scale for _, scale in points]))
+        known = [size for size, _ in points], [power * scale for _, scale in points]
+        factor = np.exp(np.interp(np.arange(len(curve)), *known))
         return np.maximum.accumulate((curve * factor)[::-1])[::-1].copy()
 
     # --- widths ------------------------------------------------------------------------------------------------
@@ -158,7 +166,8 @@ class CurveMeasure:
 
                 stack.callback(site.norm.register_forward_hook(project).remove)
 
-        return _HIDDEN_REPAIR * self._scaled(curve, [full // 4, full // 2, 3 * full // 4], alter)
+        sizes = [full // 4, full // 2, 3 * full // 4]
+        return _HIDDEN_REPAIR * self._scaled(curve, sizes, alter, _HIDDEN_POWER)
 
     # --- blocks ------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,9 @@ from ..errors import TCSPError
 
 LAMBDAS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 HELD_OUT_EVERY = 5
+FEW_TOKENS = 2
+"""Fewer tokens than this for every input are few."""
+_STRONG = 0.1
 _PANEL = 384
 _BLOCK = 4096
 _LEAST_ALONE = 0.1  # tokens count alone as well, however much they agree
@@ -63,6 +66,7 @@ class NormalEquations:
 
     Attributes:
         inputs: number of entries of u; `bias` tells whether x has the constant.
+        tokens: how many were added.
         moments: H (2, entries of x, entries of x) float64.
         cross: C (2, entries of x, outputs) float64.
     """
@@ -70,6 +74,7 @@ class NormalEquations:
     def __init__(self, inputs: int, moments: torch.Tensor, cross: torch.Tensor, bias: bool = True) -> None:
         self.inputs = inputs
         self.bias = bias
+        self.tokens = 0
         self._moments = moments
         self._cross = cross
         # small batches wait until they make a block: one float64 addition for many
@@ -99,6 +104,7 @@ class NormalEquations:
         With `coherence` c in (0, 1], errors that the tokens of a segment have in common count: rows are weighed by
         1 - c, and the sums of each segment's rows by c.
         """
+        self.tokens += len(weights)
         root = weights.sqrt().unsqueeze(1)
         constant = [torch.ones_like(root)] if self.bias else []
         block = torch.cat([*parts, *constant], dim=1) * root
@@ -152,14 +158,20 @@ class NormalEquations:
     def keep(self, indices: torch.Tensor) -> "NormalEquations":
         """Only these entries of u (and the constant)."""
         rows = torch.cat([indices, indices.new_tensor([self.inputs])]) if self.bias else indices
-        return NormalEquations(len(indices), self.moments[:, rows][:, :, rows], self.cross[:, rows], self.bias)
+        return self._of(len(indices), self.moments[:, rows][:, :, rows], self.cross[:, rows])
 
     def transform(self, matrix: torch.Tensor) -> "NormalEquations":
         """For u' = matrix @ u, matrix (inputs', inputs)."""
         wide = matrix.to(self.moments)
         if self.bias:
             wide = torch.block_diag(wide, torch.ones(1, 1).to(wide))
-        return NormalEquations(matrix.shape[0], wide @ self.moments @ wide.T, wide @ self.cross, self.bias)
+        return self._of(matrix.shape[0], wide @ self.moments @ wide.T, wide @ self.cross)
+
+    def _of(self, inputs: int, moments: torch.Tensor, cross: torch.Tensor) -> "NormalEquations":
+        """Equations of the same tokens."""
+        made = NormalEquations(inputs, moments, cross, self.bias)
+        made.tokens = self.tokens
+        return made
 
 
 def solve(
@@ -189,8 +201,11 @@ def ridge(
     Args:
         prior: X0 (entries of x, outputs) float64.
         metric: (outputs, outputs) weight of the residual, for choosing the strength; identity when None.
-        strengths: lambdas from strong to weak; the search stops at the first that is worse.
+        strengths: lambdas from strong to weak; the search stops at the first that is worse. With fewer than two
+            tokens for an input only the strong ones are tried: held-out tokens are few then, too.
     """
+    if equations.tokens < FEW_TOKENS * equations.inputs:
+        strengths = [strength for strength in strengths if strength >= _STRONG] or strengths
     best: tuple[float, float] | None = None
     if any(float(fold.trace()) <= 0.0 for fold in equations.moments):
         best = (0.0, strengths[0])  # nothing is held out, or everything: stay close to the prior
