@@ -92,13 +92,70 @@ def sites_of(model: PreTrainedModel) -> list[Site]:
     return list(_bert_sites(model) if family == "bert" else _t5_sites(model))
 
 
-def query_projections(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The query projections of a BERT's layers, by the name of the site that they write to."""
+@dataclass(frozen=True)
+class Block:
+    """A residual block: it reads the normalised stream at one site and writes into the sum that the next one norms.
+
+    Attributes:
+        kind: `"attention"`, `"cross"` (keys and values read the encoder's last site) or `"ffn"`.
+        stack: `"encoder"` or `"decoder"`; `layer` counts within it.
+        reads, writes: names of the site that it reads and of the one that norms what it wrote.
+        inner: the linears that read: query, key and value, or one (gated: two) of a feed-forward network.
+        output: the linear that writes.
+    """
+
+    kind: str
+    stack: str
+    layer: int
+    reads: str
+    writes: str
+    inner: tuple[nn.Linear, ...]
+    output: nn.Linear
+
+    @property
+    def attends(self) -> bool:
+        return self.kind != "ffn"
+
+
+def blocks_of(model: PreTrainedModel) -> list[Block]:
+    """Every residual block of a dense model in the order of its forward pass.
+
+    Raises:
+        TCSPError: see `family_of`.
+    """
     family, _ = family_of(model)
-    if family != "bert":
-        return {}
-    base: Any = model.base_model
-    return {f"layer.{i}.attention": layer.attention.self.query for i, layer in enumerate(base.encoder.layer)}
+    return list(_bert_blocks(model) if family == "bert" else _t5_blocks(model))
+
+
+def _bert_blocks(model: Any) -> Iterator[Block]:
+    reads = "embeddings"
+    for i, layer in enumerate(model.base_model.encoder.layer):
+        own, middle, end = layer.attention.self, f"layer.{i}.attention", f"layer.{i}.output"
+        heads = (own.query, own.key, own.value)
+        yield Block("attention", "encoder", i, reads, middle, heads, layer.attention.output.dense)
+        yield Block("ffn", "encoder", i, middle, end, (layer.intermediate.dense,), layer.output.dense)
+        reads = end
+
+
+def _t5_blocks(model: Any) -> Iterator[Block]:
+    base = model.base_model
+    for stack in ("encoder", "decoder"):
+        if not hasattr(base, stack):
+            continue
+        layers = getattr(base, stack).block
+        parts = ("attention", "ffn") if stack == "encoder" else ("attention", "cross", "ffn")
+        for i, block in enumerate(layers):
+            for j, (part, layer) in enumerate(zip(parts, block.layer, strict=True)):
+                last = part == "ffn"
+                after = f"{stack}.{i}.{parts[j + 1]}" if not last else f"{stack}.{i + 1}.attention"
+                writes = f"{stack}.final" if last and i + 1 == len(layers) else after
+                if last:
+                    ffn = layer.DenseReluDense
+                    inner = (ffn.wi_0, ffn.wi_1) if hasattr(ffn, "wi_0") else (ffn.wi,)
+                    yield Block(part, stack, i, f"{stack}.{i}.{part}", writes, inner, ffn.wo)
+                else:
+                    own = layer.EncDecAttention if part == "cross" else layer.SelfAttention
+                    yield Block(part, stack, i, f"{stack}.{i}.{part}", writes, (own.q, own.k, own.v), own.o)
 
 
 def _bert_sites(model: Any) -> Iterator[Site]:

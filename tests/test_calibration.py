@@ -48,7 +48,8 @@ def assert_equal_statistics(one: Calibration, other: Calibration, tolerance: flo
     for name, site in one.sites.items():
         found, expected = vars(site), vars(other.sites[name])
         assert found["tokens"] == expected["tokens"]
-        for kind in found.keys() - {"tokens"}:
+        assert one.sites[name].coherence == pytest.approx(other.sites[name].coherence, abs=tolerance)
+        for kind in found.keys() - {"tokens", "common_sum"}:
             assert (found[kind] is None) == (expected[kind] is None), (name, kind)
             if found[kind] is not None and expected[kind].any():
                 assert relative(found[kind], expected[kind]) <= tolerance, (name, kind)

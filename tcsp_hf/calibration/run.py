@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..architectures import Site, dense_hidden_size, family_of, query_projections, sites_of
+from ..architectures import Block, Site, blocks_of, dense_hidden_size, family_of, sites_of
 from ..errors import TCSPError
 from .fingerprint import DataFingerprint, model_fingerprint, sequence_hash
 from .inputs import Batch, InputOptions, batches, count_sequences
@@ -100,7 +100,7 @@ def calibrate(
         objective=name if fisher else "none",
         seed=seed,
     )
-    recorder = _Recorder(sites_of(model), result.hidden_size, fisher, query_projections(model))
+    recorder = _Recorder(sites_of(model), result.hidden_size, fisher, blocks_of(model))
     fingerprint = DataFingerprint()
     sample = TokenSample(sample_tokens)
     mask_token = getattr(tokenizer, "mask_token_id", None) if name in ("masked_lm", "pretraining") else None
@@ -125,9 +125,10 @@ def calibrate(
                     if likelihood.requires_grad:
                         (likelihood * scale).backward()
             recorder.stop()
-            for key, rows in zip(keys, _rows(inputs), strict=True):
+            for key in keys:
                 fingerprint.add(key)
-                sample.add(key, rows)
+            for rows in _rows(inputs):
+                sample.add(sequence_hash(rows["input_ids"], seed), rows)
             result.sequences += len(keys)
             bar.update(len(keys))
     if result.sequences == 0:
@@ -164,14 +165,13 @@ def _sequence_keys(batch: Batch, seed: int) -> list[int]:
 
 
 def _rows(inputs: Batch) -> list[dict[str, list[int]]]:
-    """The real tokens of every sequence of a batch (nothing for nested inputs, such as multiple choice)."""
-    if inputs["input_ids"].dim() != 2:
-        return [{"input_ids": []} for _ in inputs["input_ids"]]
-    rows: list[dict[str, list[int]]] = [{} for _ in inputs["input_ids"]]
+    """The real tokens of every sequence of a batch; the choices of a multiple-choice question are sequences."""
+    flat = {name: value.reshape(-1, value.shape[-1]).cpu() for name, value in inputs.items() if value.dim() > 1}
+    rows: list[dict[str, list[int]]] = [{} for _ in flat["input_ids"]]
     for name in NAMES:
-        if name in inputs:
-            mask = inputs["decoder_attention_mask" if name.startswith("decoder") else "attention_mask"].bool()
-            for row, values, kept in zip(rows, inputs[name].cpu(), mask.cpu(), strict=True):
+        if name in flat:
+            mask = flat["decoder_attention_mask" if name.startswith("decoder") else "attention_mask"].bool()
+            for row, values, kept in zip(rows, flat[name], mask, strict=True):
                 row[name] = values[kept].tolist()
     return rows
 
@@ -240,13 +240,14 @@ def _greedy(model: Any, inputs: Batch, max_target_length: int) -> tuple[torch.Te
 class _Recorder:
     """Hooks on the sites' norms: second moments going forward, gradients coming back."""
 
-    def __init__(self, sites: list[Site], size: int, fisher: bool, queries: dict[str, nn.Module]) -> None:
+    def __init__(self, sites: list[Site], size: int, fisher: bool, blocks: list[Block]) -> None:
         self._sites = sites
         self._size = size
         self._fisher = fisher
         self._moments: dict[str, torch.Tensor] = {}
         self._fishers: dict[str, torch.Tensor] = {}
-        self._queries = queries if fisher else {}
+        self._common = {site.name: 0.0 for site in sites}
+        self._queries = [block for block in blocks if block.attends] if fisher else []
         self._query_fishers: dict[str, torch.Tensor] = {}
         self._tokens = {site.name: 0 for site in sites}
         self._masks: dict[str, torch.Tensor] = {}
@@ -257,8 +258,8 @@ class _Recorder:
     def attached(self, model: PreTrainedModel) -> Iterator[None]:
         handles = [site.norm.register_forward_hook(partial(self._forward, site)) for site in self._sites]
         heads = int(model.config.num_attention_heads)
-        for name, query in self._queries.items():
-            handles.append(query.register_forward_hook(partial(self._query_forward, name, heads)))
+        for block in self._queries:
+            handles.append(block.inner[0].register_forward_hook(partial(self._query_forward, block, heads)))
         for module in {id(m): m for m in _embeddings(model)}.values():
             # gradients with respect to hidden states need no gradient of any parameter
             handles.append(module.register_forward_hook(lambda _m, _a, output: self._root(output)))
@@ -291,18 +292,23 @@ class _Recorder:
                 fisher = _symmetric(self._fishers.get(site.name, empty))
             query = self._query_fishers.get(site.name)
             found[site.name] = SiteStatistics(
-                tokens, _symmetric(self._moments[site.name]), fisher, None if query is None else query.cpu()
+                tokens,
+                _symmetric(self._moments[site.name]),
+                fisher,
+                None if query is None else query.cpu(),
+                torch.tensor(self._common[site.name], dtype=torch.float64) if self._fisher else None,
             )
         return found
 
     def _query_forward(
-        self, name: str, heads: int, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
+        self, block: Block, heads: int, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
     ) -> None:
         if self._active and output.requires_grad:
-            output.register_hook(partial(self._query_backward, name, heads))
+            output.register_hook(partial(self._query_backward, block, heads))
 
-    def _query_backward(self, name: str, heads: int, gradient: torch.Tensor) -> None:
-        wide = (gradient.double() / self._scale)[self._masks["encoder"]]
+    def _query_backward(self, block: Block, heads: int, gradient: torch.Tensor) -> None:
+        name = block.writes
+        wide = (gradient.double() / self._scale)[self._masks[block.stack]]
         rows = wide.view(wide.shape[0], heads, wide.shape[1] // heads).transpose(0, 1)
         outer = rows.mT @ rows
         self._query_fishers[name] = self._query_fishers[name] + outer if name in self._query_fishers else outer
@@ -327,8 +333,12 @@ class _Recorder:
     def _backward(self, site: Site, module: Any, gradient: torch.Tensor) -> None:
         wide = gradient if gradient.dtype == torch.float64 else gradient.float()
         weight = module.weight.detach()
-        rows = (wide * (weight.to(wide) / self._scale))[self._masks[site.stack]]
-        _add_outer(self._fishers, site.name, rows, self._size)
+        mask = self._masks[site.stack]
+        scaled = wide * (weight.to(wide) / self._scale)
+        _add_outer(self._fishers, site.name, scaled[mask], self._size)
+        sums = (scaled * mask.unsqueeze(-1)).sum(1)
+        lengths = mask.sum(1).clamp(min=1)
+        self._common[site.name] += float((sums.double().square().sum(-1) / lengths).sum())
 
 
 def _embeddings(model: PreTrainedModel) -> Iterator[nn.Module]:

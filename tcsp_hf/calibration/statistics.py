@@ -33,12 +33,23 @@ class SiteStatistics:
             respect to n), or None when it was not asked for.
         query_fisher_sum: (H, d, d) float64 where a layer's attention writes into the site: sum of the outer products
             of the gradient with respect to each head's query; None elsewhere.
+        common_sum: () float64, sum over sequences of `|sum of g over its tokens|² / tokens`, or None without gradients.
     """
 
     tokens: int
     moment_sum: torch.Tensor
     fisher_sum: torch.Tensor | None = None
     query_fisher_sum: torch.Tensor | None = None
+    common_sum: torch.Tensor | None = None
+
+    @property
+    def coherence(self) -> float:
+        """Share, in [0, 1], of the gradient that all tokens of a sequence have in common: 1 when g is the same at
+        every token, 1 / length when only one token has any. 0 without gradients."""
+        energy = 0.0 if self.fisher_sum is None else float(self.fisher_sum.trace())
+        if self.common_sum is None or energy <= 0.0:
+            return 0.0
+        return min(1.0, float(self.common_sum) / energy)
 
     @property
     def second_moment(self) -> torch.Tensor:
@@ -130,7 +141,9 @@ class Calibration:
             queries = [entry.query_fisher_sum for entry in entries if entry.query_fisher_sum is not None]
             query_sum = torch.stack(queries).sum(0) if len(queries) == len(entries) else None
             tokens = sum(entry.tokens for entry in entries)
-            sites[name] = SiteStatistics(tokens, moment_sum, fisher_sum, query_sum)
+            commons = [entry.common_sum for entry in entries if entry.common_sum is not None]
+            common = torch.stack(commons).sum(0) if len(commons) == len(entries) else None
+            sites[name] = SiteStatistics(tokens, moment_sum, fisher_sum, query_sum, common)
         return cls(
             model_fingerprint=first.model_fingerprint,
             source_model=first.source_model,
@@ -159,6 +172,8 @@ class Calibration:
                 tensors[f"{name}.fisher_sum"] = site.fisher_sum[rows, columns].contiguous()
             if site.query_fisher_sum is not None:
                 tensors[f"{name}.query_fisher_sum"] = site.query_fisher_sum.contiguous()
+            if site.common_sum is not None:
+                tensors[f"{name}.common_sum"] = site.common_sum
         tensors.update(self.sample.tensors())
         with new_folder(folder, overwrite) as staging:
             save_file(tensors, staging / _TENSORS)
@@ -201,7 +216,9 @@ class Calibration:
             moment = _full(tensors.get(f"{name}.moment_sum"), size, f"{name}.moment_sum")
             fisher_name = f"{name}.fisher_sum"
             fisher = _full(tensors[fisher_name], size, fisher_name) if fisher_name in tensors else None
-            sites[name] = SiteStatistics(tokens, moment, fisher, tensors.get(f"{name}.query_fisher_sum"))
+            sites[name] = SiteStatistics(
+                tokens, moment, fisher, tensors.get(f"{name}.query_fisher_sum"), tensors.get(f"{name}.common_sum")
+            )
         fields = {
             name: summary[name]
             for name in (
