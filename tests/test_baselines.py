@@ -8,11 +8,12 @@ from transformers import PreTrainedModel
 
 from tcsp_hf import TCSPError
 from tcsp_hf.baselines import BASELINES
-from tcsp_hf.baselines.blocks import blocks_of, keep_units, working_copy
+from tcsp_hf.baselines.budget import working_copy
 from tcsp_hf.baselines.fisher import mask_gradients, rearrange, search
 from tcsp_hf.baselines.layers import dropped
 from tcsp_hf.baselines.low_rank import factorise
 from tcsp_hf.baselines.mask_tuning import _least_squares
+from tcsp_hf.baselines.units import keep_units, units_of
 from tcsp_hf.calibration import calibrate
 from tcsp_hf.compression import count_parameters, removed_fraction
 
@@ -73,12 +74,12 @@ def plant_dead_units(model: PreTrainedModel, filters: int, seed: int) -> list[to
     generator = torch.Generator().manual_seed(seed)
     alive = []
     with torch.no_grad():
-        for block in blocks_of(model):
-            count = filters if block.kind == "filters" else 1
-            order = torch.randperm(block.units, generator=generator)
-            entries = (order[:count, None] * block.size + torch.arange(block.size)).reshape(-1)
-            block.writer_linear.weight[:, entries] = 0.0
-            for linear in block.reader_linears:
+        for units in units_of(model):
+            count = filters if units.kind == "filters" else 1
+            order = torch.randperm(units.count, generator=generator)
+            entries = (order[:count, None] * units.size + torch.arange(units.size)).reshape(-1)
+            units.block.output.weight[:, entries] = 0.0
+            for linear in units.block.inner:
                 linear.weight[entries] *= 0.01
                 if linear.bias is not None:
                     linear.bias[entries] *= 0.01
@@ -94,8 +95,8 @@ def test_dead_heads_and_filters_go_for_free(case: Case, name: str) -> None:
     dense = make_dense(case)
     plant_dead_units(dense, 10, 3)  # one head of 4 and 10 filters of 40: a quarter of each
     stats = calibrated(case, dense)
-    blocks = blocks_of(dense)
-    dead = sum(block.cost * (10 if block.kind == "filters" else 1) for block in blocks)
+    groups = units_of(dense)
+    dead = sum(units.cost * (10 if units.kind == "filters" else 1) for units in groups)
     removed = dead / count_parameters(dense).non_embedding
     small = BASELINES[name].compress(dense, stats, removed)
     assert removed_fraction(dense, small) == pytest.approx(removed, abs=1e-9)
@@ -106,7 +107,7 @@ def test_dead_heads_and_filters_go_for_free(case: Case, name: str) -> None:
 def test_low_rank_linears_are_exact_under_svd(case: Case) -> None:
     dense = make_dense(case)
     generator = torch.Generator().manual_seed(0)
-    linears = [linear for block in blocks_of(dense) for linear in (*block.reader_linears, block.writer_linear)]
+    linears = [linear for units in units_of(dense) for linear in (*units.block.inner, units.block.output)]
     if case.family == "bert":
         linears.append(dense.bert.pooler.dense)
     with torch.no_grad():
@@ -143,14 +144,14 @@ def test_whitened_factors_are_the_best_of_their_rank() -> None:
 def test_mask_gradients_are_those_of_single_sequences() -> None:
     dense, stats = dense_and_statistics(BERT)
     model = working_copy(dense)
-    blocks = blocks_of(model)
-    batched = mask_gradients(model, stats, blocks)
+    groups = units_of(model)
+    batched = mask_gradients(model, stats, groups)
     import tcsp_hf.baselines.sample as sample
 
     whole = sample.BATCH_SIZE
     try:
         sample.BATCH_SIZE = 1
-        single = mask_gradients(model, stats, blocks)
+        single = mask_gradients(model, stats, groups)
     finally:
         sample.BATCH_SIZE = whole
     for one, other in zip(batched, single, strict=True):
@@ -160,18 +161,18 @@ def test_mask_gradients_are_those_of_single_sequences() -> None:
 
 def test_search_finds_what_all_choices_hold() -> None:
     """Against every number of heads and filters, taken in the order of importance."""
-    blocks = blocks_of(make_dense(BERT))
+    groups = units_of(make_dense(BERT))
     generator = torch.Generator().manual_seed(2)
-    importance = [torch.rand(block.units, generator=generator, dtype=torch.float64) for block in blocks]
+    importance = [torch.rand(units.count, generator=generator, dtype=torch.float64) for units in groups]
     flat = {
-        kind: torch.cat([v for b, v in zip(blocks, importance, strict=True) if b.kind == kind]).sort().values
+        kind: torch.cat([v for b, v in zip(groups, importance, strict=True) if b.kind == kind]).sort().values
         for kind in ("heads", "filters")
     }
-    cost = {block.kind: block.cost for block in blocks}
-    total = sum(block.units * block.cost for block in blocks)
+    cost = {units.kind: units.cost for units in groups}
+    total = sum(units.count * units.cost for units in groups)
     for goal in (1, total // 3, total // 2, total):
-        masks = search(blocks, importance, goal)
-        saved = sum(int((~m).sum()) * b.cost for m, b in zip(masks, blocks, strict=True))
+        masks = search(groups, importance, goal)
+        saved = sum(int((~m).sum()) * b.cost for m, b in zip(masks, groups, strict=True))
         loss = sum(float(v[~m].sum()) for m, v in zip(masks, importance, strict=True))
         assert saved >= goal
         best = min(
@@ -212,12 +213,12 @@ def test_mask_tuning_is_least_squares() -> None:
     """Against a solver that sees all tokens' contributions at once, and with a damping that is small."""
     dense, stats = dense_and_statistics(BERT)
     small = working_copy(dense)
-    block = blocks_of(small)[1]
-    mask = torch.arange(block.units) % 3 != 0
-    scale = _least_squares(dense, small, stats, block, blocks_of(dense)[1], mask)
+    units = units_of(small)[1]
+    mask = torch.arange(units.count) % 3 != 0
+    scale = _least_squares(dense, small, stats, units, units_of(dense)[1], mask)
     assert bool((scale[~mask] == 0).all())
     inputs, handles = [], []
-    handles.append(block.writer_linear.register_forward_pre_hook(lambda _m, args: inputs.append(args[0])))
+    handles.append(units.block.output.register_forward_pre_hook(lambda _m, args: inputs.append(args[0])))
     from tcsp_hf.baselines.sample import sample_batches
 
     rows = []
@@ -228,7 +229,7 @@ def test_mask_tuning_is_least_squares() -> None:
     for handle in handles:
         handle.remove()
     context = torch.cat(rows)
-    weight = block.writer_linear.weight.detach()
+    weight = units.block.output.weight.detach()
     kept = mask.nonzero().squeeze(1)
     columns = torch.stack([(context[:, [j]] * weight[:, j]).reshape(-1) for j in kept], dim=1)
     wanted = (context @ weight.T).reshape(-1)
@@ -246,9 +247,9 @@ def test_pruned_t5_generates_as_it_scores(source: str) -> None:
     """With a cache, step by step, and with different heads in every layer, the result is that of whole passes."""
     case = find(source)
     small = working_copy(make_dense(case))
-    for i, block in enumerate(blocks_of(small)):
-        if block.kind == "heads":
-            keep_units(block, torch.arange(i % 3, 4))
+    for i, units in enumerate(units_of(small)):
+        if units.kind == "heads":
+            keep_units(units, torch.arange(i % 3, 4))
     inputs = make_inputs(case)
     encoder = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     found = small.generate(**encoder, max_new_tokens=5, do_sample=False, use_cache=True)
@@ -257,15 +258,15 @@ def test_pruned_t5_generates_as_it_scores(source: str) -> None:
 
 
 def test_bert_without_any_heads_in_a_layer() -> None:
-    """Equals the dense model whose writer reads nothing."""
+    """Equals the dense model whose blocks write their biases only."""
     dense = make_dense(BERT)
     small = working_copy(dense)
-    block, wide = blocks_of(small)[:2]
-    keep_units(block, torch.arange(0))
+    units, wide = units_of(small)[:2]
+    keep_units(units, torch.arange(0))
     keep_units(wide, torch.arange(0))
     with torch.no_grad():
-        for one in blocks_of(dense)[:2]:
-            one.writer_linear.weight.zero_()
+        for one in units_of(dense)[:2]:
+            one.block.output.weight.zero_()
     torch.testing.assert_close(answers(BERT, small), answers(BERT, dense))
 
 

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from ..calibration import Calibration
 from ..calibration.objectives import Draws, objective_of
-from .blocks import Block, blocks_of, cannot_reach, finished, keep_units, parameters_to_remove, working_copy
+from .budget import cannot_reach, finished, parameters_to_remove, working_copy
 from .mask_tuning import tuned_masks
 from .sample import keys_of, sample_batches
+from .units import Units, keep_units, units_of
 
 
 def fisher(model: PreTrainedModel, stats: Calibration, removed: float) -> PreTrainedModel:
@@ -33,40 +34,40 @@ def fisher(model: PreTrainedModel, stats: Calibration, removed: float) -> PreTra
     """
     goal = parameters_to_remove(model, removed)
     small = working_copy(model)
-    blocks = blocks_of(small)
-    largest = sum((block.units - block.least) * block.cost for block in blocks)
+    groups = units_of(small)
+    largest = sum(units.removable for units in groups)
     if largest < goal:
         raise cannot_reach("Fisher pruning", removed, largest, model)
     if goal == 0:
         return finished(small)
-    gradients = mask_gradients(small, stats, blocks)
-    masks = search(blocks, [rows.square().sum(0) for rows in gradients], goal)
-    masks = [rearrange(mask, rows.T @ rows, b.least) for mask, rows, b in zip(masks, gradients, blocks, strict=True)]
-    for block, mask, scale in tuned_masks(model, small, stats, blocks, masks):
+    gradients = mask_gradients(small, stats, groups)
+    masks = search(groups, [rows.square().sum(0) for rows in gradients], goal)
+    masks = [rearrange(mask, rows.T @ rows, u.least) for mask, rows, u in zip(masks, gradients, groups, strict=True)]
+    for units, mask, scale in tuned_masks(model, small, stats, groups, masks):
         kept = mask.nonzero().squeeze(1)
-        keep_units(block, kept, scale[kept])
+        keep_units(units, kept, scale[kept])
     return finished(small)
 
 
-def mask_gradients(model: PreTrainedModel, stats: Calibration, blocks: Sequence[Block]) -> list[torch.Tensor]:
-    """For every block (sequences, units) float64: gradient of each sequence's log-likelihood by the masks, at 1."""
+def mask_gradients(model: PreTrainedModel, stats: Calibration, groups: Sequence[Units]) -> list[torch.Tensor]:
+    """For every block (sequences, count) float64: gradient of each sequence's log-likelihood by the masks, at 1."""
     pooling = stats.objective.removeprefix("embedding-") if stats.objective.startswith("embedding-") else "mean"
     _, objective = objective_of(model, pooling)
     masks: list[torch.Tensor] = []
 
     def watch(index: int) -> Any:
         def hook(_module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-            wide = masks[index].repeat_interleave(blocks[index].size, dim=1)
+            wide = masks[index].repeat_interleave(groups[index].size, dim=1)
             return (args[0] * wide.unsqueeze(1),)
 
         return hook
 
-    found: list[list[torch.Tensor]] = [[] for _ in blocks]
-    handles = [block.writer_linear.register_forward_pre_hook(watch(i)) for i, block in enumerate(blocks)]
+    found: list[list[torch.Tensor]] = [[] for _ in groups]
+    handles = [u.block.output.register_forward_pre_hook(watch(i)) for i, u in enumerate(groups)]
     try:
         for batch in sample_batches(model, stats):
             rows = len(batch["input_ids"])
-            masks = [torch.ones(rows, b.units, device=model.device, dtype=model.dtype).requires_grad_() for b in blocks]
+            masks = [torch.ones(rows, u.count, device=model.device, dtype=model.dtype).requires_grad_() for u in groups]
             likelihood = objective(model, model(**batch), batch, Draws(keys_of(batch, stats.seed)))
             gradients = torch.autograd.grad(likelihood, masks, allow_unused=True)
             for kept, mask, gradient in zip(found, masks, gradients, strict=True):
@@ -77,21 +78,21 @@ def mask_gradients(model: PreTrainedModel, stats: Calibration, blocks: Sequence[
     return [torch.cat(rows) for rows in found]
 
 
-def search(blocks: Sequence[Block], importance: Sequence[torch.Tensor], goal: int) -> list[torch.Tensor]:
-    """Masks (units,) bool that remove at least `goal` parameters and the least importance, among heads and filters.
+def search(groups: Sequence[Units], importance: Sequence[torch.Tensor], goal: int) -> list[torch.Tensor]:
+    """Masks (count,) bool that remove at least `goal` parameters and the least importance, among heads and filters.
 
     For every number of kept heads (the most important ones) as many filters are kept as fit. All heads cost the same,
     and all filters do. `goal` must be within reach.
     """
     values = [part.clone() for part in importance]
-    for block, value in zip(blocks, values, strict=True):
-        if block.least:
-            value[value.topk(block.least).indices] = float("inf")
+    for units, value in zip(groups, values, strict=True):
+        if units.least:
+            value[value.topk(units.least).indices] = float("inf")
     order: dict[str, torch.Tensor] = {}
     losses: dict[str, torch.Tensor] = {}
-    costs = {block.kind: block.cost for block in blocks}
+    costs = {units.kind: units.cost for units in groups}
     for kind in costs:
-        flat = torch.cat([value for block, value in zip(blocks, values, strict=True) if block.kind == kind])
+        flat = torch.cat([value for units, value in zip(groups, values, strict=True) if units.kind == kind])
         order[kind] = flat.argsort(stable=True)  # the least important first
         losses[kind] = torch.cat([flat.new_zeros(1), flat[order[kind]].cumsum(0)])  # of removing the first n
     best, counts = float("inf"), {"heads": 0, "filters": 0}
@@ -107,10 +108,10 @@ def search(blocks: Sequence[Block], importance: Sequence[torch.Tensor], goal: in
         flat_masks[kind][ranks[: counts[kind]]] = False
     starts = dict.fromkeys(order, 0)
     masks = []
-    for block in blocks:
-        start = starts[block.kind]
-        masks.append(flat_masks[block.kind][start : start + block.units].clone())
-        starts[block.kind] += block.units
+    for units in groups:
+        start = starts[units.kind]
+        masks.append(flat_masks[units.kind][start : start + units.count].clone())
+        starts[units.kind] += units.count
     return masks
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..architectures import family_of
 from ..calibration import Calibration
 from ..compression import count_parameters
-from .blocks import cannot_reach, finished, layers_of, parameters_to_remove, working_copy
+from .budget import cannot_reach, finished, parameters_to_remove, working_copy
 
 
 def top_layers(model: PreTrainedModel, stats: Calibration, removed: float) -> PreTrainedModel:
@@ -40,10 +40,19 @@ def dropped(count: int, drop: int, strategy: str) -> set[int]:
     return set(order[:drop])
 
 
+def _layers_of(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """The layers of every stack."""
+    family, _ = family_of(model)
+    base: Any = model.base_model
+    if family == "bert":
+        return {"encoder": base.encoder.layer}
+    return {stack: getattr(base, stack).block for stack in ("encoder", "decoder") if hasattr(base, stack)}
+
+
 def _drop(model: PreTrainedModel, removed: float, strategy: str) -> PreTrainedModel:
     goal = parameters_to_remove(model, removed)
     small = working_copy(model)
-    stacks = layers_of(small)
+    stacks = _layers_of(small)
     longest = max(len(layers) for layers in stacks.values())
     saved = 0
     for drop in range(longest):

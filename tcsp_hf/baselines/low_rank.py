@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..architectures import blocks_of
 from ..calibration import Calibration
-from .blocks import blocks_of, cannot_reach, finished, parameters_to_remove, working_copy
+from .budget import cannot_reach, finished, parameters_to_remove, working_copy
 from .sample import real_rows, sample_batches
 
 _RIDGE = 1e-6  # of the mean second moment: the Cholesky factor of a rank-deficient sample exists
@@ -44,31 +45,25 @@ class LowRankLinear(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A linear: where it is, and whose tokens it reads."""
+class _Group:
+    """Linears with one input, and whose tokens it holds."""
 
-    parent: nn.Module
-    name: str
+    linears: tuple[nn.Linear, ...]
     stack: str
 
-    @property
-    def linear(self) -> nn.Linear:
-        return cast(nn.Linear, getattr(self.parent, self.name))
 
-
-def _places(model: PreTrainedModel) -> list[list[_Place]]:
-    """All linears of the blocks, and a BERT's pooler, grouped by what they read: a group has one input."""
+def _groups(model: PreTrainedModel) -> list[_Group]:
+    """All linears of the blocks, and a BERT's pooler."""
     groups = []
     for block in blocks_of(model):
-        readers = [_Place(block.module, name, block.stack) for name in block.readers]
-        if block.attribute == "EncDecAttention":  # keys and values read the encoder
-            groups.append(readers[:1])
-            readers = [_Place(block.module, name, "encoder") for name in block.readers[1:]]
-        groups.append(readers)
-        groups.append([_Place(block.holder, block.writer, block.stack)])
-    pooler = getattr(model.base_model, "pooler", None)
+        if block.kind == "cross":
+            groups += [_Group(block.inner[:1], block.stack), _Group(block.inner[1:], "encoder")]
+        else:
+            groups.append(_Group(block.inner, block.stack))
+        groups.append(_Group((block.output,), block.stack))
+    pooler: Any = getattr(model.base_model, "pooler", None)
     if pooler is not None:
-        groups.append([_Place(pooler, "dense", "encoder")])
+        groups.append(_Group((pooler.dense,), "encoder"))
     return groups
 
 
@@ -85,8 +80,8 @@ def low_rank(model: PreTrainedModel, stats: Calibration, removed: float) -> PreT
     """
     goal = parameters_to_remove(model, removed)
     small = working_copy(model)
-    groups = _places(small)
-    linears = [place.linear for group in groups for place in group]
+    groups = _groups(small)
+    linears = [linear for group in groups for linear in group.linears]
 
     def saved(keep: float) -> int:
         costs = (rank_for(one, keep) * (one.in_features + one.out_features) for one in linears)
@@ -101,10 +96,11 @@ def low_rank(model: PreTrainedModel, stats: Calibration, removed: float) -> PreT
         middle = (low + high) / 2
         low, high = (middle, high) if saved(middle) >= goal else (low, middle)
     moments = _second_moments(small, stats, groups)
+    names = {module: name for name, module in small.named_modules()}
     for group, moment in zip(groups, moments, strict=True):
         root = _cholesky(moment)
-        for place in group:
-            setattr(place.parent, place.name, factorise(place.linear, root, rank_for(place.linear, low)))
+        for linear in group.linears:
+            small.set_submodule(names[linear], factorise(linear, root, rank_for(linear, low)))
     return finished(small)
 
 
@@ -125,9 +121,10 @@ def _cholesky(moment: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _second_moments(model: PreTrainedModel, stats: Calibration, groups: list[list[_Place]]) -> list[torch.Tensor]:
+def _second_moments(model: PreTrainedModel, stats: Calibration, groups: list[_Group]) -> list[torch.Tensor]:
     """E[x x'] (in, in) float64 of every group's input, over the real tokens."""
-    sums = [torch.zeros(2 * (g[0].linear.in_features,), dtype=torch.float64, device=model.device) for g in groups]
+    sizes = [group.linears[0].in_features for group in groups]
+    sums = [torch.zeros(size, size, dtype=torch.float64, device=model.device) for size in sizes]
     counts = [0] * len(groups)
     seen: list[Any] = [None]
 
@@ -140,7 +137,7 @@ def _second_moments(model: PreTrainedModel, stats: Calibration, groups: list[lis
 
         return hook
 
-    handles = [g[0].linear.register_forward_pre_hook(watch(i, g[0].stack)) for i, g in enumerate(groups)]
+    handles = [g.linears[0].register_forward_pre_hook(watch(i, g.stack)) for i, g in enumerate(groups)]
     try:
         for batch in sample_batches(model, stats):
             seen[0] = batch

@@ -9,19 +9,18 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibration import Calibration
-from .blocks import Block, blocks_of, cannot_reach, finished, keep_units, parameters_to_remove, working_copy
+from .budget import cannot_reach, finished, parameters_to_remove, working_copy
+from .units import Units, keep_units, units_of
 
 
-def unit_norms(block: Block) -> torch.Tensor:
-    """(units,) float64: sum of squares of each unit's parameters."""
-    total = torch.zeros(block.units, dtype=torch.float64)
-    for linear in block.reader_linears:
-        rows = linear.weight.detach().double().square().sum(1)
+def unit_norms(units: Units) -> torch.Tensor:
+    """(count,) float64: sum of squares of each unit's parameters."""
+    total = units.block.output.weight.detach().double().square().sum(0)
+    for linear in units.block.inner:
+        total = total + linear.weight.detach().double().square().sum(1)
         if linear.bias is not None:
-            rows = rows + linear.bias.detach().double().square()
-        total += rows.view(block.units, block.size).sum(1).cpu()
-    columns = block.writer_linear.weight.detach().double().square().sum(0)
-    return total + columns.view(block.units, block.size).sum(1).cpu()
+            total = total + linear.bias.detach().double().square()
+    return total.view(units.count, units.size).sum(1).cpu()
 
 
 def magnitude(model: PreTrainedModel, stats: Calibration, removed: float) -> PreTrainedModel:
@@ -32,30 +31,27 @@ def magnitude(model: PreTrainedModel, stats: Calibration, removed: float) -> Pre
     """
     goal = parameters_to_remove(model, removed)
     small = working_copy(model)
-    blocks = blocks_of(small)
-    cuts = _cuts(blocks, goal)
+    groups = units_of(small)
+    cuts = _cuts(groups, goal)
     if cuts is None:
-        largest = sum((block.units - block.least) * block.cost for block in blocks)
-        raise cannot_reach("Magnitude pruning", removed, largest, model)
-    for block, cut in zip(blocks, cuts, strict=True):
-        keep_units(block, unit_norms(block).argsort()[cut:].sort().values)
+        raise cannot_reach("Magnitude pruning", removed, sum(units.removable for units in groups), model)
+    for units, cut in zip(groups, cuts, strict=True):
+        keep_units(units, unit_norms(units).argsort()[cut:].sort().values)
     return finished(small)
 
 
-def _cuts(blocks: list[Block], goal: int) -> list[int] | None:
+def _cuts(groups: list[Units], goal: int) -> list[int] | None:
     """How many units each block loses: the smallest fraction, the same everywhere, that reaches the goal.
 
     Heads are coarse, so where rounding them cuts more than asked, filters are given back.
     """
-    steps = max((block.units for block in blocks), default=0)
+    steps = max((units.count for units in groups), default=0)
 
     def cut_at(share: float, kind: str) -> list[int]:
-        return [
-            min(round(share * block.units), block.units - block.least) if block.kind == kind else 0 for block in blocks
-        ]
+        return [min(round(share * u.count), u.count - u.least) if u.kind == kind else 0 for u in groups]
 
     def saved(cuts: list[int]) -> int:
-        return sum(cut * block.cost for cut, block in zip(cuts, blocks, strict=True))
+        return sum(cut * units.cost for cut, units in zip(cuts, groups, strict=True))
 
     for step in range(steps + 1):
         heads, filters = cut_at(step / steps, "heads"), cut_at(step / steps, "filters")

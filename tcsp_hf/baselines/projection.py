@@ -4,7 +4,7 @@ from transformers import PreTrainedModel
 
 from ..calibration import Calibration
 from ..compression import compress
-from .blocks import finished, parameters_to_remove, working_copy
+from .budget import finished, parameters_to_remove, working_copy
 
 
 def shared_pca(model: PreTrainedModel, stats: Calibration, removed: float) -> PreTrainedModel:

@@ -33,6 +33,7 @@ BARS = {"sst2": {0.44: (0.880, 0.010), 0.60: (0.876, 0.030), 0.75: (0.865, 0.060
 """Task -> removed fraction -> the least score and the largest distance of our method (MiniLM classifier)."""
 
 _RUN, _ROWS, _STATISTICS = "run.json", "rows", "calibration"
+_IDENTITY = {"model_fingerprint", "sequences", "seed", "axes", "latency", "method_version"}
 RESULTS, TABLE, PICTURE = "results.json", "table.md", "pareto.png"
 Row = dict[str, Any]
 
@@ -104,9 +105,10 @@ class QualityFolder:
         """
         self.folder = folder
         self.identity = json.loads(json.dumps(identity))
+        self.check(folder)
         found = self._found()
         if found is None:
-            check_output_folder(folder, False)
+            pass
         elif fresh:
             self._forget()
         else:
@@ -120,14 +122,23 @@ class QualityFolder:
         self._seconds = None if found is None or fresh else found.get("calibration_seconds")
         self._write_run()
 
+    @staticmethod
+    def check(folder: Path) -> None:
+        """Refuse a folder of other things, before any long work.
+
+        Raises:
+            TCSPError: it is neither new, nor empty, nor one of this benchmark.
+        """
+        if not (folder / _RUN).is_file():
+            check_output_folder(folder, False)
+        elif _IDENTITY - _read_object(folder / _RUN).keys():
+            raise TCSPError(f"{folder / _RUN} was not written by this benchmark: name another folder.")
+
     def _found(self) -> dict[str, Any] | None:
         path = self.folder / _RUN
         if not path.is_file():
             return None
-        found = _read_object(path)
-        if not self.identity.keys() <= found.keys():
-            raise TCSPError(f"{path} was not written by this benchmark: name another folder.")
-        return found
+        return _read_object(path)
 
     def _forget(self) -> None:
         for path in (self.folder / _ROWS).glob("*.json"):

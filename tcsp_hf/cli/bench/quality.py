@@ -70,6 +70,7 @@ def quality_command(
         _shape(latency),
     )
     plan.check()
+    QualityFolder.check(output)
     bars = progress_of(quiet, as_json)
     comparison = Comparison.load(
         model, task, sequences, seed, bars, split=split, calibration=calibration, device=device
