@@ -159,6 +159,14 @@ def test_mask_gradients_are_those_of_single_sequences() -> None:
         assert float(one.abs().max()) > 0
 
 
+def test_dropout_plays_no_part() -> None:
+    dense, stats = make_dense(BERT), dense_and_statistics(BERT)[1]
+    wanted = BASELINES["fisher"].compress(dense, stats, 0.3)
+    found = BASELINES["fisher"].compress(dense.train(), stats, 0.3)
+    assert dense.training and not found.training
+    torch.testing.assert_close(answers(BERT, found), answers(BERT, wanted), rtol=0, atol=0)
+
+
 def test_search_finds_what_all_choices_hold() -> None:
     """Against every number of heads and filters, taken in the order of importance."""
     groups = units_of(make_dense(BERT))

@@ -43,7 +43,8 @@ def fisher(model: PreTrainedModel, stats: Calibration, removed: float) -> PreTra
     gradients = mask_gradients(small, stats, groups)
     masks = search(groups, [rows.square().sum(0) for rows in gradients], goal)
     masks = [rearrange(mask, rows.T @ rows, u.least) for mask, rows, u in zip(masks, gradients, groups, strict=True)]
-    for units, mask, scale in tuned_masks(model, small, stats, groups, masks):
+    dense = working_copy(model) if model.training else model  # the targets hold no dropout
+    for units, mask, scale in tuned_masks(dense, small, stats, groups, masks):
         kept = mask.nonzero().squeeze(1)
         keep_units(units, kept, scale[kept])
     return finished(small)
