@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 import os
 import shutil
@@ -55,6 +55,18 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
             os.replace(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all; an existing one is replaced."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp's files are private to the user
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _umask() -> int:

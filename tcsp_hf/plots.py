@@ -25,6 +25,15 @@ def require_matplotlib() -> Any:
     return pyplot
 
 
+def pictures_possible() -> bool:
+    """Whether matplotlib is installed."""
+    try:
+        require_matplotlib()
+    except TCSPError:
+        return False
+    return True
+
+
 def demo_picture(
     path: str | os.PathLike[str],
     stats: Calibration,
@@ -67,5 +76,49 @@ def demo_picture(
     right.set_xlim(0, max(115, *shares) * 1.1)
     right.set_xlabel("compressed, in % of dense")
     right.set_title("Compressed against dense")
+    figure.savefig(Path(path), dpi=130)
+    pyplot.close(figure)
+
+
+def quality_picture(
+    path: str | os.PathLike[str],
+    curves: dict[str, list[tuple[float, float, float]]],
+    dense: tuple[float, float],
+    score_name: str,
+    first: str,
+) -> None:
+    """Score against measured latency (left) and against what is removed (right), a curve for every method.
+
+    Args:
+        path: a .png, .svg or .pdf file.
+        curves: title of the method -> points (removed fraction, milliseconds, score).
+        dense: milliseconds and score of the dense model.
+        score_name: label of the vertical axes.
+        first: title of the curve that is drawn boldly, on top.
+    """
+    pyplot = require_matplotlib()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
+    colours = pyplot.get_cmap("tab10")
+    for i, (title, points) in enumerate(curves.items()):
+        points = sorted(points)
+        own = title == first
+        style: dict[str, Any] = {
+            "label": title,
+            "color": "black" if own else colours(i % 10),
+            "marker": "o" if own else ".",
+            "linewidth": 2.2 if own else 1.2,
+            "zorder": 3 if own else 2,
+        }
+        scores = [score for _, _, score in points]
+        left.plot([milliseconds for _, milliseconds, _ in points], scores, **style)
+        right.plot([100 * removed for removed, _, _ in points], scores, **style)
+    left.plot([dense[0]], [dense[1]], "*", color="black", markersize=13)
+    for axes in (left, right):
+        axes.axhline(dense[1], color="black", linewidth=0.8, linestyle=":")
+        axes.grid(alpha=0.3)
+    left.set_xlabel("median latency in ms (star: dense)")
+    left.set_ylabel(score_name)
+    right.set_xlabel("parameters removed without embeddings, in % (dotted: dense)")
+    right.legend(fontsize="small")
     figure.savefig(Path(path), dpi=130)
     pyplot.close(figure)

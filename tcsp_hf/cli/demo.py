@@ -11,12 +11,11 @@ from transformers import AutoModel, PreTrainedModel
 from ..calibration import calibrate
 from ..compression import compress, count_parameters, removed_fraction
 from ..data import SquadSample, load_squad_sample
-from ..errors import TCSPError
 from ..evaluation.embeddings import embed, recall_at
 from ..evaluation.latency import compare_latency
 from ..files import check_output_folder, new_folder
 from ..loading import DEMO_MODEL, demo_model_path, load_model, load_tokenizer
-from ..plots import demo_picture, require_matplotlib
+from ..plots import demo_picture, pictures_possible
 from .common import (
     JsonOption,
     OverwriteOption,
@@ -54,7 +53,7 @@ def demo_command(
     other paragraphs, of other articles, before and after. Under two minutes on two cores.
     """
     check_output_folder(output, overwrite)
-    picture = _picture_possible()
+    picture = pictures_possible()
     started = time.perf_counter()
     torch.manual_seed(0)  # of the random tokens that latency is measured on
     name = model if model is not None else demo_model_path()
@@ -82,14 +81,6 @@ def demo_command(
     result["hidden_size"] = (dense.config.hidden_size, small.config.hidden_size)
     result["seconds"] = {"calibrate": calibrated, "all": time.perf_counter() - started}
     _show(model if model is not None else DEMO_MODEL, output, stats.tokens, result, picture, as_json)
-
-
-def _picture_possible() -> bool:
-    try:
-        require_matplotlib()
-    except TCSPError:
-        return False
-    return True
 
 
 def _remove_folder(folder: Path) -> None:

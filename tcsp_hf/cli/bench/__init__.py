@@ -1,0 +1,14 @@
+"""`tcsp bench`: the commands behind the figures."""
+
+import typer
+
+from .budget import budget_command
+from .quality import quality_command
+from .subspaces import subspaces_command
+
+bench_app = typer.Typer(help="Measure: the commands behind the figures of the README.", no_args_is_help=True)
+bench_app.command("subspaces")(subspaces_command)
+bench_app.command("budget")(budget_command)
+bench_app.command("quality")(quality_command)
+
+__all__ = ["bench_app"]

@@ -1,0 +1,72 @@
+"""`tcsp bench budget`."""
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from ...compression import compress
+from ...errors import TCSPError
+from ...evaluation.comparison import Comparison
+from ...evaluation.latency import compare_latency
+from ..common import JsonOption, QuietOption, progress_of
+from .common import (
+    ModelOption,
+    RemoveOption,
+    SeedOption,
+    SequencesOption,
+    TaskOption,
+    names_of,
+    numbers_of,
+    score_columns,
+    scored,
+    show,
+)
+
+
+def budget_command(
+    model: ModelOption,
+    task: TaskOption = "sst2",
+    remove: RemoveOption = "0.25,0.44,0.6,0.75,0.9",
+    axes: Annotated[str, typer.Option(help="What may be cut, with commas.")] = "hidden,filters,heads",
+    sequences: SequencesOption = 2000,
+    seed: SeedOption = 0,
+    max_kl: Annotated[
+        str | None, typer.Option(help="One bar for each fraction, with commas: exit with status 1 above it.")
+    ] = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """One budget over hidden size, filters and heads, with the closed-form refit: no training, no labels.
+
+    Predicted and measured KL to the dense model, score on the validation split, latency against dense.
+    """
+    fractions = numbers_of("--remove", remove)
+    limits = numbers_of("--max-kl", max_kl) if max_kl is not None else [float("inf")] * len(fractions)
+    if len(limits) != len(fractions):
+        raise TCSPError(f"--max-kl has {len(limits)} bars for {len(fractions)} fractions.")
+    bars = progress_of(quiet, as_json)
+    bench = Comparison.load(model, task, sequences, seed, bars)
+    length = min(128, getattr(bench.dense.config, "max_position_embeddings", 128))
+    rows: list[dict[str, Any]] = []
+    for fraction in fractions:
+        stats = bench.stats
+        started = time.perf_counter()
+        small = compress(bench.dense, stats, remove=fraction, axes=names_of(axes), progress=bars)
+        seconds = time.perf_counter() - started
+        latency = compare_latency(bench.dense, small, 8, length)
+        predicted = small.config.projection["options"].get("predicted_kl")
+        row = {"asked": fraction, "predicted_kl": predicted, "seconds": seconds, f"speedup_8x{length}": latency.speedup}
+        rows.append({**row, **scored(bench, small)})
+    columns = {
+        "removed": "removed",
+        **score_columns(bench),
+        "predicted_kl": "predicted KL",
+        f"speedup_8x{length}": f"8 x {length} tokens",
+        "seconds": "seconds",
+    }
+    show(bench, model, rows, columns, as_json)
+    for row, limit in zip(rows, limits, strict=True):
+        if row["kl"] > limit:
+            typer.echo(f"Short of the bar at {row['asked']:.0%}: KL {row['kl']:.4f} > {limit}.", err=True)
+            raise typer.Exit(1)

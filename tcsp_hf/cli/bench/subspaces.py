@@ -1,0 +1,59 @@
+"""`tcsp bench subspaces`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from ...compression import compress
+from ...evaluation.comparison import Comparison
+from ..common import JsonOption, QuietOption, progress_of
+from .common import (
+    ModelOption,
+    SeedOption,
+    SequencesOption,
+    TaskOption,
+    numbers_of,
+    score_columns,
+    scored,
+    show,
+)
+
+_WAYS = (("shared", "pca"), ("per_site", "pca"), ("per_site", "balanced"))
+
+
+def subspaces_command(
+    model: ModelOption,
+    task: TaskOption = "sst2",
+    widths: Annotated[str, typer.Option(help="Hidden sizes, with commas.")] = "288,216,144,96",
+    sequences: SequencesOption = 2000,
+    seed: SeedOption = 0,
+    max_accuracy_drop: Annotated[
+        float | None, typer.Option(help="Exit with status 1 if per-site balanced loses more, at any width.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Exit with status 1 if per-site balanced is farther from dense, at any width.")
+    ] = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Hidden size alone, no training, no labels: the paper's shared PCA, per-site PCA, and per-site balanced.
+
+    Score on the validation split, and KL divergence to the dense model, for every width.
+    """
+    sizes = [int(width) for width in numbers_of("--widths", widths)]
+    bench = Comparison.load(model, task, sequences, seed, progress_of(quiet, as_json))
+    rows: list[dict[str, Any]] = []
+    for size in sizes:
+        for projection, subspace in _WAYS:
+            small = compress(bench.dense, bench.stats, hidden_size=size, projection=projection, subspace=subspace)
+            way = {"hidden_size": size, "projection": projection, "subspace": subspace}
+            rows.append({**way, **scored(bench, small)})
+    columns = {"hidden_size": "hidden size", "removed": "removed", "projection": "projection", "subspace": "subspace"}
+    show(bench, model, rows, {**columns, **score_columns(bench)}, as_json)
+    dense = bench.dense_score.score
+    for row in (row for row in rows if row["subspace"] == "balanced"):
+        drop = dense - row[bench.task.score_name]
+        lost = max_accuracy_drop is not None and drop > max_accuracy_drop
+        if lost or (max_kl is not None and row["kl"] > max_kl):
+            typer.echo(f"Short of the bar at hidden size {row['hidden_size']}.", err=True)
+            raise typer.Exit(1)

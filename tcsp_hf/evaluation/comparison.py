@@ -1,0 +1,109 @@
+"""A dense model, its statistics and its outputs on a task: what every compressed model is compared with."""
+
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..calibration import Calibration, calibrate
+from ..data.sources import load_data
+from ..loading import load_model, load_tokenizer
+from .scoring import Score, Task, load_task
+
+
+@dataclass
+class Comparison:
+    """The same model, calibration texts and task for every row of a table.
+
+    Statistics and dense outputs are made when first asked for.
+
+    Attributes:
+        dense, tokenizer, task: what is compressed, and what it is scored on.
+        data: the training texts that calibration draws from.
+        sequences, seed: how many of them, chosen by what.
+        progress: show bars; None shows them on a terminal only.
+        cache: folder to keep the statistics in (the token sample of the texts included); None keeps nothing.
+    """
+
+    dense: PreTrainedModel
+    tokenizer: Any
+    task: Task
+    data: Any
+    sequences: int
+    seed: int
+    progress: bool | None
+    cache: Path | None = None
+    calibration_seconds: float | None = field(default=None, init=False)
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        task: str,
+        sequences: int,
+        seed: int,
+        progress: bool | None,
+        *,
+        split: str = "validation",
+        calibration: str | None = None,
+        device: str = "cpu",
+    ) -> "Comparison":
+        """Load everything by name; `calibration` names other data to calibrate on than the task's own.
+
+        Raises:
+            TCSPError: a model or data that cannot be loaded, or that do not fit together.
+        """
+        dense = load_model(model, device=device)
+        found = load_task(dense, task, split)
+        data = load_data(task if calibration is None else calibration, "train")
+        return cls(dense, load_tokenizer(model), found, data, sequences, seed, progress)
+
+    @cached_property
+    def stats(self) -> Calibration:
+        if self.cache is not None and self.cache.is_dir():
+            return Calibration.load(self.cache)
+        texts = self.task.calibration_texts(self.data, self.sequences, self.seed)
+        started = time.perf_counter()
+        stats = calibrate(
+            self.dense,
+            texts,
+            tokenizer=self.tokenizer,
+            max_length=self.task.max_length,
+            seed=self.seed,
+            progress=self.progress,
+        )
+        self.calibration_seconds = time.perf_counter() - started
+        if self.cache is not None:
+            stats.save(self.cache)
+        return stats
+
+    @cached_property
+    def reference(self) -> torch.Tensor:
+        """The dense model's outputs on the task."""
+        return self.task.outputs(self.dense, self.tokenizer, self.progress, "dense")
+
+    @cached_property
+    def mean_length(self) -> int:
+        """Mean tokens of the task's texts."""
+        return self.task.mean_length(self.tokenizer)
+
+    @property
+    def dense_score(self) -> Score:
+        return self.task.score(self.reference, self.reference)
+
+    def score(self, small: PreTrainedModel) -> Score:
+        """Score a compressed model."""
+        return self.task.score(self.reference, self.task.outputs(small, self.tokenizer, self.progress, "compressed"))
+
+    @property
+    def note(self) -> str:
+        """What a table says about its calibration."""
+        seconds = "" if self.calibration_seconds is None else f"calibrated in {self.calibration_seconds:.0f} s; "
+        return (
+            f"{self.stats.sequences:,} calibration texts, {self.stats.tokens:,} tokens, no labels, seed {self.seed}, "
+            f"{seconds}float32 on {torch.get_num_threads()} threads"
+        )

@@ -1,0 +1,273 @@
+"""Tasks to score models on: labelled texts for a classifier, pairs or a search for a sentence encoder."""
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from ..architectures import family_of
+from ..calibration.inputs import TEXT_COLUMNS
+from ..data import load_squad_sample
+from ..data.sources import SAMPLE, load_data
+from ..errors import TCSPError
+from .classification import compare, predict
+from .embeddings import embed, recall_at
+
+_CLASSIFIED, _EMBEDDED = 128, 256  # tokens per text, as `predict` and `embed` cut them
+Texts = list[str] | list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one task.
+
+    Attributes:
+        score: the task's own figure in [-1, 1]; higher is better.
+        distance: how far the outputs are from the dense model's; 0 for the dense model itself.
+        agreement: share of items on which both models decide alike; None where nothing is decided.
+    """
+
+    score: float
+    distance: float
+    agreement: float | None
+
+
+class Task(ABC):
+    """Texts, what a model makes of them, and what that is worth.
+
+    Attributes:
+        name: of the data.
+        score_name, distance_name: what `Score.score` and `Score.distance` are.
+        items: how many items are scored.
+    """
+
+    score_name: ClassVar[str] = "accuracy"
+    distance_name: ClassVar[str] = "KL"
+    max_length: ClassVar[int] = _CLASSIFIED
+    name: str
+
+    @property
+    @abstractmethod
+    def items(self) -> int: ...
+
+    @abstractmethod
+    def texts(self) -> Texts:
+        """Every text that a model reads for a score."""
+
+    @abstractmethod
+    def outputs(self, model: PreTrainedModel, tokenizer: Any, progress: bool | None, description: str) -> torch.Tensor:
+        """What `score` compares: logits (texts, classes) or embeddings (texts, D)."""
+
+    @abstractmethod
+    def score(self, reference: torch.Tensor, outputs: torch.Tensor) -> Score:
+        """Score a model's outputs; `reference` holds the dense model's."""
+
+    def calibration_texts(self, data: Any, sequences: int, seed: int) -> Any:
+        """At most `sequences` of the data's texts, chosen by the seed, as `calibrate` takes them."""
+        if hasattr(data, "shuffle"):
+            return data.shuffle(seed=seed).select(range(min(sequences, len(data))))
+        return random.Random(seed).sample(data, min(sequences, len(data)))
+
+    def mean_length(self, tokenizer: Any) -> int:
+        """Mean number of tokens of a text, rounded."""
+        texts = self.texts()
+        lengths = [len(ids) for ids in _tokenise(tokenizer, texts, self.max_length)]
+        return max(1, round(sum(lengths) / len(lengths)))
+
+
+def _tokenise(tokenizer: Any, texts: Texts, max_length: int) -> list[list[int]]:
+    pairs = [text if isinstance(text, tuple) else (text, None) for text in texts]
+    second = None if pairs[0][1] is None else [pair[1] for pair in pairs]
+    found: list[list[int]] = tokenizer([pair[0] for pair in pairs], second, truncation=True, max_length=max_length)[
+        "input_ids"
+    ]
+    return found
+
+
+class _Labelled(Task):
+    """Texts with labels, for a model with a sequence classification head."""
+
+    def __init__(self, name: str, texts: Texts, labels: Sequence[float]) -> None:
+        self.name, self._texts, self.labels = name, texts, torch.tensor(labels)
+
+    @property
+    def items(self) -> int:
+        return len(self._texts)
+
+    def texts(self) -> Texts:
+        return self._texts
+
+    def outputs(self, model: PreTrainedModel, tokenizer: Any, progress: bool | None, description: str) -> torch.Tensor:
+        return predict(
+            model, tokenizer, self._texts, max_length=self.max_length, progress=progress, description=description
+        )
+
+
+class Classification(_Labelled):
+    """Accuracy of a sequence classifier; KL is from the dense model's distribution to the compressed one's, in nats."""
+
+    def score(self, reference: torch.Tensor, outputs: torch.Tensor) -> Score:
+        found = compare(reference, outputs, self.labels.tolist())
+        return Score(self._value(found.accuracy, outputs), found.kl, found.agreement)
+
+    def _value(self, accuracy: float, outputs: torch.Tensor) -> float:
+        return accuracy
+
+
+class Matthews(Classification):
+    """Matthews correlation of a classifier of two classes: CoLA's figure."""
+
+    score_name = "Matthews correlation"
+
+    def _value(self, accuracy: float, outputs: torch.Tensor) -> float:
+        return _correlation(torch.stack([outputs.argmax(-1).double(), self.labels.double()]))
+
+
+class Regression(_Labelled):
+    """Spearman correlation of a model with one output; KL is that of Gaussians of unit variance."""
+
+    score_name = "Spearman correlation"
+
+    def score(self, reference: torch.Tensor, outputs: torch.Tensor) -> Score:
+        distance = 0.5 * (reference.double() - outputs.double()).square().mean()
+        return Score(spearman(outputs[:, 0], self.labels), float(distance), None)
+
+
+class _Embedding(Task):
+    """Sentence embeddings: mean-pooled, mapped back to the dense space, compared by cosine."""
+
+    distance_name = "1 - cosine"
+    max_length = _EMBEDDED
+
+    def outputs(self, model: PreTrainedModel, tokenizer: Any, progress: bool | None, description: str) -> torch.Tensor:
+        texts = [str(text) for text in self.texts()]
+        return embed(model, tokenizer, texts, max_length=self.max_length, progress=progress, description=description)
+
+    def calibration_texts(self, data: Any, sequences: int, seed: int) -> Any:
+        """Single texts, each once: an encoder never reads pairs."""
+        texts = data if isinstance(data, list) else _columns_of(data)[0]
+        single = [part for text in texts for part in ([text] if isinstance(text, str) else text)]
+        return super().calibration_texts(list(dict.fromkeys(single)), sequences, seed)
+
+    @staticmethod
+    def distance(reference: torch.Tensor, outputs: torch.Tensor) -> float:
+        return float(1.0 - (reference * outputs).sum(1).mean())
+
+
+class Similarity(_Embedding):
+    """Spearman correlation of the cosines of pairs with human scores (STS-B)."""
+
+    score_name = "Spearman correlation"
+
+    def __init__(self, name: str, pairs: Sequence[tuple[str, str]], labels: Sequence[float]) -> None:
+        self.name, self.pairs, self.labels = name, list(pairs), torch.tensor(labels)
+
+    @property
+    def items(self) -> int:
+        return len(self.pairs)
+
+    def texts(self) -> Texts:
+        return [pair[0] for pair in self.pairs] + [pair[1] for pair in self.pairs]
+
+    def score(self, reference: torch.Tensor, outputs: torch.Tensor) -> Score:
+        first, second = outputs.split(len(self.pairs))
+        value = spearman((first * second).sum(1), self.labels)
+        return Score(value, self.distance(reference, outputs), None)
+
+
+class Retrieval(_Embedding):
+    """Recall@1 of questions among paragraphs; agreement: the same paragraph comes first for both models."""
+
+    score_name = "recall@1"
+
+    def __init__(self, name: str, paragraphs: Sequence[str], questions: Sequence[str], answers: Sequence[int]) -> None:
+        self.name, self.paragraphs, self.questions = name, list(paragraphs), list(questions)
+        self.answers = list(answers)
+
+    @property
+    def items(self) -> int:
+        return len(self.questions)
+
+    def texts(self) -> Texts:
+        return self.paragraphs + self.questions
+
+    def score(self, reference: torch.Tensor, outputs: torch.Tensor) -> Score:
+        count = len(self.paragraphs)
+        best = [(found[count:] @ found[:count].T).argmax(1) for found in (reference, outputs)]
+        recall = recall_at(outputs[count:], outputs[:count], self.answers, (1,))[0]
+        return Score(recall, self.distance(reference, outputs), float((best[0] == best[1]).float().mean()))
+
+
+def spearman(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Rank correlation of two (n,) tensors, ties at their mean rank; 0 where one is constant."""
+    return _correlation(torch.stack([_ranks(one), _ranks(other)]))
+
+
+def _correlation(rows: torch.Tensor) -> float:
+    """Pearson correlation of rows (2, n); 0 where one is constant."""
+    if bool((rows == rows[:, :1]).all(1).any()):
+        return 0.0
+    return float(torch.corrcoef(rows)[0, 1])
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def load_task(model: PreTrainedModel, name: str, split: str = "validation") -> Task:
+    """The task that fits the model's head, from the data `name` (see `load_data`).
+
+    A sequence classifier is scored on labelled texts, one with a single output on labels that are numbers; a BERT or
+    a T5 encoder without a head on labelled pairs (`"stsb"`) or on the packaged search (`"squad-sample"`).
+
+    Raises:
+        TCSPError: no such data, or data that does not fit the head.
+    """
+    family, head = family_of(model)
+    encoder = head == "EncoderModel" or (family == "bert" and head == "Model")
+    if not encoder and head != "ForSequenceClassification":
+        raise TCSPError(
+            f"{type(model).__name__} cannot be scored on {name!r}: sequence classifiers and sentence encoders "
+            "(models without a head) can."
+        )
+    if name == SAMPLE:
+        if not encoder:
+            raise TCSPError(f"{name!r} is a search for sentence encoders; {type(model).__name__} has a head.")
+        sample = load_squad_sample()
+        return Retrieval(name, sample.paragraphs, sample.questions, sample.answers_in)
+    data = load_data(name, split)
+    texts, labels = _columns_of(data)
+    if labels is None or len(labels) == 0 or min(labels) < 0:
+        raise TCSPError(f"The split {split!r} of {name!r} has no labels to score on: name another one with split=.")
+    if encoder:
+        if isinstance(texts[0], str):
+            raise TCSPError(f"{name!r} has single texts; a sentence encoder is scored on labelled pairs, as in 'stsb'.")
+        return Similarity(name, [pair for pair in texts if isinstance(pair, tuple)], labels)
+    classes = model.config.num_labels or 0
+    if classes == 1:
+        return Regression(name, texts, labels)
+    if any(label != int(label) or label >= classes for label in labels):
+        raise TCSPError(f"The labels of {name!r} do not fit {type(model).__name__}, which has {classes} classes.")
+    kind = Matthews if name == "cola" else Classification
+    return kind(name, texts, [int(label) for label in labels])
+
+
+def _columns_of(data: Any) -> tuple[Texts, list[float] | None]:
+    """Texts (or pairs) and the column `label` of a dataset.
+
+    Raises:
+        TCSPError: no text column is known.
+    """
+    names = data.column_names
+    for columns in TEXT_COLUMNS:
+        if all(column in names for column in columns):
+            parts = [list(data[column]) for column in columns]
+            texts: Any = parts[0] if len(parts) == 1 else list(zip(*parts, strict=True))
+            return texts, list(data["label"]) if "label" in names else None
+    raise TCSPError(f"The data has the columns {names}: no sentences to score on.")

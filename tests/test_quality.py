@@ -1,0 +1,334 @@
+"""`tcsp bench quality` and what it scores with, on tiny models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common import find, make_dense, make_small, make_tokenizer
+from scipy.stats import spearmanr
+from sklearn.metrics import matthews_corrcoef
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from tcsp_hf import TCSPError
+from tcsp_hf.baselines import BASELINES
+from tcsp_hf.cli.main import app
+from tcsp_hf.evaluation import quality
+from tcsp_hf.evaluation.quality import METHODS, shortfalls
+from tcsp_hf.evaluation.scoring import Matthews, Regression, Retrieval, Similarity, load_task, spearman
+from tcsp_hf.files import write_whole
+
+BERT = find("bert-ForSequenceClassification")
+ENCODER = find("bert-Model")
+
+
+def tcsp(*arguments: Any, status: int = 0) -> str:
+    """Standard output of `tcsp` with these arguments; its exception if it raised one."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    make_dense(BERT, torch.float32).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labelled sentences, three classes."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 80), ("validation", 30)):
+        lines = []
+        for i in range(count):
+            words = torch.randint(0, 100, (3 + i % 7,), generator=generator).tolist()
+            lines.append(json.dumps({"sentence": " ".join(f"w{word}" for word in words), "label": i % 3}))
+        (folder / f"{split}.json").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def bench(dense: Path, data: Path, output: Path, *more: Any, status: int = 0) -> str:
+    shape = ("--latency", "1x8", "--quiet")
+    return tcsp("bench", "quality", "--model", dense, "--task", data, "-o", output, *shape, *more, status=status)
+
+
+def test_every_method_in_one_table(dense: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "table"
+    found = json.loads(bench(dense, data, output, "--remove", "0.15,0.4", "--json"))
+    assert json.loads((output / "results.json").read_text()) == found
+    assert [(row["asked"], row["method"]) for row in found["rows"]] == [(a, m) for a in (0.15, 0.4) for m in METHODS]
+    for row in found["rows"]:
+        assert "error" not in row
+        assert row["asked"] <= row["removed"] < 0.9
+        assert 0.0 <= row["score"] <= 1.0 and 0.0 <= row["agreement"] <= 1.0 and row["distance"] >= 0.0
+        assert 0.0 < row["flops_ratio"] < 1.0
+        left = row["non_embedding_parameters"] / found["dense"]["non_embedding_parameters"]
+        assert row["removed"] == pytest.approx(1.0 - left)
+        assert row["small_ms"] > 0.0 and row["seconds"] > 0.0 and row["peak_memory"] > 1e6
+    by_name = {row["method"]: row for row in found["rows"] if row["asked"] == 0.15}
+    assert by_name["magnitude"]["calibration_seconds"] == 0.0 < by_name["ours"]["calibration_seconds"]
+    table = (output / "table.md").read_text()
+    assert all(table.count(BASELINES[name].title) >= 2 for name in BASELINES)
+    assert "**40% asked**" in table
+    assert (output / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_rows_are_not_made_again(
+    dense: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in its third row, the run goes on there; the statistics are not collected again."""
+    output = tmp_path / "table"
+    options = ("--remove", "0.2,0.4", "--methods", "magnitude,svd", "--json")
+    original, made = quality._row, []
+
+    def counted(*arguments: Any) -> dict[str, Any]:
+        made.append(arguments[-2:])
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(quality, "_row", counted)
+    bench(dense, data, output, *options, status=130)
+    assert sorted(path.name for path in (output / "rows").iterdir()) == [
+        "dense.json",
+        "magnitude-0.2.json",
+        "svd-0.2.json",
+    ]
+    assert not (output / "results.json").exists()
+    first = (output / "rows" / "svd-0.2.json").read_text()
+
+    def never(*_arguments: Any, **_options: Any) -> None:
+        raise AssertionError("calibrated again")
+
+    monkeypatch.setattr("tcsp_hf.evaluation.comparison.calibrate", never)
+    found = json.loads(bench(dense, data, output, *options))
+    assert made[3:] == [("magnitude", 0.4), ("svd", 0.4)]
+    assert (output / "rows" / "svd-0.2.json").read_text() == first
+    assert all(row["calibration_seconds"] > 0 for row in found["rows"] if row["method"] == "svd")
+    again = json.loads(bench(dense, data, output, *options))
+    assert len(made) == 5 and again == found
+    monkeypatch.undo()
+    fresh = json.loads(bench(dense, data, output, *options, "--fresh"))
+    keys = ("method", "asked", "removed", "score", "distance", "flops")
+    assert [[row[key] for key in keys] for row in fresh["rows"]] == [
+        [row[key] for key in keys] for row in found["rows"]
+    ]
+    assert (output / "rows" / "svd-0.2.json").read_text() != first
+
+
+def test_rows_of_another_comparison_stay_apart(dense: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "table"
+    options = ("--remove", "0.2", "--methods", "magnitude")
+    bench(dense, data, output, *options)
+    with pytest.raises(TCSPError, match=r"another comparison: seed is 0 there and 1 now.*--fresh"):
+        bench(dense, data, output, *options, "--seed", 1)
+    bench(dense, data, output, *options, "--seed", 1, "--fresh")
+    (output / "rows" / "magnitude-0.2.json").write_text("{")
+    with pytest.raises(TCSPError, match="cannot be read"):
+        bench(dense, data, output, *options, "--seed", 1)
+
+
+def test_what_a_method_cannot_do_is_a_dash_and_tried_again(dense: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "table"
+    options = ("--remove", "0.97", "--methods", "top-layers,magnitude")
+    assert "top layers dropped at 97%: Dropping layers cannot remove 97.0%" in bench(dense, data, output, *options)
+    assert "| top layers dropped | - | - |" in (output / "table.md").read_text()
+    path = output / "rows" / "top-layers-0.97.json"
+    before = path.stat().st_mtime_ns
+    bench(dense, data, output, *options)
+    assert path.stat().st_mtime_ns > before
+
+
+def test_bad_input_comes_before_any_work(dense: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "table"
+    for option, value, message in (
+        ("--methods", "ours,theirs", "methods is"),
+        ("--methods", "svd,svd", "each once"),
+        ("--remove", "0.2,1.0", "between 0 and 1"),
+        ("--remove", "0.2,0.2", "named once"),
+        ("--remove", "some", "numbers with commas"),
+        ("--axes", "width", "axes is"),
+        ("--latency", "8", "8x128"),
+        ("--latency", "0x8", "positive"),
+        ("--latency", "8x41", "at most 40 tokens"),
+        ("--split", "test", "has no split"),
+        ("--calibration", "nowhere", "There is no data"),
+    ):
+        with pytest.raises(TCSPError, match=message):
+            bench(dense, data, output, option, value)
+    assert not output.exists()
+    output.mkdir()
+    (output / "mine.txt").write_text("keep")
+    with pytest.raises(TCSPError, match="not empty"):
+        bench(dense, data, output, "--fresh")
+    (output / "run.json").write_text("{}")
+    with pytest.raises(TCSPError, match="not written by this benchmark"):
+        bench(dense, data, output, "--fresh")
+    assert (output / "mine.txt").read_text() == "keep"
+
+
+def row(method: str, asked: float, score: float, distance: float) -> dict[str, Any]:
+    return {"method": method, "title": method, "asked": asked, "score": score, "distance": distance}
+
+
+def test_shortfalls() -> None:
+    ours = [row("ours", 0.44, 0.89, 0.009), row("ours", 0.6, 0.87, 0.01)]
+    good = [row("svd", 0.44, 0.90, 0.02), row("fisher", 0.44, 0.88, 0.001), row("svd", 0.6, 0.87, 0.001)]
+    assert shortfalls(ours + good, "other") == []
+    assert shortfalls([*ours, row("svd", 0.44, 0.90, 0.001)], "other")[0].startswith("at 44% svd is better in both")
+    missed = shortfalls(ours, "sst2")
+    assert len(missed) == 1 and "the bar is 0.876 and 0.03" in missed[0]
+    broken = [{"method": "ours", "title": "ours", "asked": 0.44, "error": "no"}]
+    assert "gave nothing" in shortfalls(broken, "other")[0]
+
+
+def test_check_exits_with_an_error(dense: Path, data: Path, tmp_path: Path) -> None:
+    """Our rows made worse by hand: a finished row is believed."""
+    output = tmp_path / "table"
+    options = ("--remove", "0.2", "--methods", "ours,magnitude")
+    bench(dense, data, output, *options)
+    path = output / "rows" / "ours-0.2.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "score": -1.0, "distance": 9.0}))
+    assert "Short: at 20% heads + filters by magnitude is better in both" in bench(dense, data, output, *options)
+    bench(dense, data, output, *options, "--check", status=1)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "score": 1.0, "distance": 0.0}))
+    bench(dense, data, output, *options, "--check")
+
+
+def test_sentence_encoders(data: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Pairs with scores; calibrated on single texts."""
+    folder = tmp_path / "encoder"
+    make_dense(ENCODER, torch.float32, max_position_embeddings=256).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    for split in ("train", "validation"):
+        lines = [
+            json.dumps(
+                {"sentence1": f"w{i} w{i + 1} w{i + 2}", "sentence2": f"w{i} w{3 * i % 90}", "label": i % 5 / 1.0}
+            )
+            for i in range(40)
+        ]
+        (pairs / f"{split}.json").write_text("\n".join(lines) + "\n")
+    options = ("--remove", "0.3", "--methods", "shared-pca,svd,fisher", "--json")
+    found = json.loads(bench(folder, pairs, tmp_path / "table", *options))
+    assert found["dense"]["score_name"] == "Spearman correlation"
+    assert found["dense"]["distance_name"] == "1 - cosine"
+    for line in found["rows"]:
+        assert -1.0 <= line["score"] <= 1.0 and 0.0 <= line["distance"] <= 2.0 and line["agreement"] is None
+    with pytest.raises(TCSPError, match="single texts"):
+        bench(folder, data, tmp_path / "other")
+    task = load_task(make_dense(ENCODER, torch.float32), "squad-sample")
+    assert isinstance(task, Retrieval) and task.items == 1000
+    assert task.calibration_texts(["a", "b", "a"], 5, 0) in (["a", "b"], ["b", "a"])
+
+
+def test_t5_classifier(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "t5"
+    case = find("t5-ForSequenceClassification")
+    make_dense(case, torch.float32).save_pretrained(folder)
+    plain = make_tokenizer()
+    plain.add_special_tokens({"eos_token": "</s>"})
+    from tokenizers import processors
+
+    plain.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", 1)]
+    )
+    plain.model_input_names = ["input_ids", "attention_mask"]
+    plain.save_pretrained(folder)
+    found = json.loads(bench(folder, data, tmp_path / "table", "--remove", "0.3", "--json"))
+    assert [row["method"] for row in found["rows"] if "error" not in row] == list(METHODS)
+
+
+def test_models_and_data_that_do_not_fit(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(TCSPError, match="BertForMaskedLM cannot be scored"):
+        load_task(make_dense(find("bert-ForMaskedLM")), str(data))
+    with pytest.raises(TCSPError, match="T5Model cannot be scored"):
+        load_task(make_dense(find("t5-Model")), str(data))
+    with pytest.raises(TCSPError, match="has a head"):
+        load_task(make_dense(BERT), "squad-sample")
+    with pytest.raises(TCSPError, match="has 2 classes"):
+        load_task(make_dense(BERT, num_labels=2), str(data))
+    for name, line, message in (
+        ("hidden", {"sentence": "w1", "label": -1}, "no labels"),
+        ("unlabelled", {"sentence": "w1"}, "no labels"),
+        ("numbers", {"value": 3}, "no sentences"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "validation.json").write_text(json.dumps(line) + "\n")
+        with pytest.raises(TCSPError, match=message):
+            load_task(make_dense(BERT), str(folder))
+
+
+def test_figures_of_the_tasks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randint(0, 6, (50,), generator=generator).float() for _ in range(2))
+    assert spearman(one, other) == pytest.approx(spearmanr(one, other).statistic)
+    assert spearman(one, torch.ones(50)) == 0.0
+    labels = [i % 2 for i in range(50)]
+    logits = torch.randn(50, 2, generator=generator)
+    found = Matthews("cola", ["x"] * 50, labels).score(logits, logits)
+    assert found.score == pytest.approx(matthews_corrcoef(labels, logits.argmax(-1)))
+    assert (found.distance, found.agreement) == (0.0, 1.0)
+    regression = Regression("stsb", ["x"] * 50, one.tolist())
+    score = regression.score(other[:, None], other[:, None] + 2.0)
+    assert score.score == pytest.approx(spearmanr(one, other).statistic)
+    assert score.distance == pytest.approx(2.0)
+    unit = torch.nn.functional.normalize(torch.randn(6, 4, generator=generator), dim=-1)
+    retrieval = Retrieval("search", ["a", "b", "c"], ["q", "r", "s"], [0, 1, 2])
+    assert retrieval.score(unit, unit).agreement == 1.0
+    perfect = torch.cat([torch.eye(4)[:3], torch.eye(4)[:3]])
+    assert retrieval.score(unit, perfect).score == 1.0
+    similarity = Similarity("pairs", [("a", "b")] * 3, [0.0, 1.0, 2.0])
+    assert similarity.score(unit, unit).distance == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_question_comes_first_in_qnli(tmp_path: Path) -> None:
+    (tmp_path / "validation.json").write_text(json.dumps({"question": "w1", "sentence": "w2", "label": 1}) + "\n")
+    assert load_task(make_dense(BERT), str(tmp_path)).texts() == [("w1", "w2")]
+
+
+def test_other_bench_commands(dense: Path, data: Path) -> None:
+    options = ("--model", dense, "--task", data, "--json")
+    found = json.loads(tcsp("bench", "subspaces", *options, "--widths", "24,16"))
+    assert len(found["rows"]) == 6 and 0.0 <= found["dense_accuracy"] <= 1.0
+    found = json.loads(tcsp("bench", "budget", *options, "--remove", "0.2", "--max-kl", "100"))
+    assert found["rows"][0]["removed"] >= 0.2 and found["rows"][0]["kl"] >= 0.0
+    assert "KL to dense" in tcsp("bench", "subspaces", *options[:-1], "--widths", 24, "--quiet")
+    tcsp("bench", "budget", *options, "--remove", "0.2", "--max-kl", "0", status=1)
+    with pytest.raises(TCSPError, match="2 bars for 1"):
+        tcsp("bench", "budget", *options, "--remove", "0.2", "--max-kl", "1,2")
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "row.json"
+    write_whole(path, "one")
+    assert path.read_text() == "one"
+
+    def fails(*_arguments: Any) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr("os.replace", fails)
+    with pytest.raises(OSError, match="full"):
+        write_whole(path, "two")
+    assert [item.name for item in tmp_path.iterdir()] == ["row.json"]
+    assert path.read_text() == "one"
+
+
+def test_scores_read_compressed_encoders_in_the_dense_space(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A model compressed to the full width has the dense model's embeddings."""
+    task = Similarity("pairs", [("w1 w2", "w3"), ("w4", "w5 w6 w7")], [1.0, 0.0])
+    whole = make_small(ENCODER, hidden_size=32)
+    dense = make_dense(ENCODER, torch.float32)
+    found = [task.outputs(model, tokenizer, False, "") for model in (dense, whole)]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+    assert task.mean_length(tokenizer) == 4
