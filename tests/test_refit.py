@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import D, ONE_SOURCE_CASES, Case, calibrated, find, make_dense, make_inputs, outputs
+from common import ONE_SOURCE_CASES, Case, D, calibrated, find, make_dense, make_inputs, outputs
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -95,9 +95,9 @@ def test_dropping_one_input_costs_what_brute_force_says() -> None:
 
     whole = loss(list(range(10)))
     costs = [loss([j for j in range(10) if j != i]) - whole for i in range(9)]
-    kept, curve = drop_inputs(h, best.T, 9, 8, block=1)
+    kept, curve, order = drop_inputs(h, best.T, 9, 8, block=1)
     gone = set(range(9)) - set(kept.tolist())
-    assert gone == {min(range(9), key=costs.__getitem__)}
+    assert gone == {min(range(9), key=costs.__getitem__)} == set(order.tolist())
     assert curve[-1][1] == pytest.approx(min(costs), rel=0.02)
 
 
@@ -106,8 +106,9 @@ def test_a_dead_input_and_a_duplicate_are_dropped_for_nothing() -> None:
     u[:, 2] = 0.0
     u[:, 5] = u[:, 7]
     h, c = equations(u, t, w, held, 400).total
-    kept, curve = drop_inputs(h, solve(h, c, torch.zeros(10, 4, dtype=torch.float64), 1e-9).T, 9, 7, block=1)
+    kept, curve, order = drop_inputs(h, solve(h, c, torch.zeros(10, 4, dtype=torch.float64), 1e-9).T, 9, 7, block=1)
     assert 2 not in kept.tolist()
+    assert sorted([*kept.tolist(), *order.tolist()]) == list(range(9))
     assert len({5, 7} & set(kept.tolist())) == 1
     assert curve[-1][1] < 1e-2 * float(t.square().sum())
 

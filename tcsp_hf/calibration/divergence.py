@@ -1,4 +1,4 @@
-"""How far a changed model's outputs are from the dense model's, in the units of the Fisher estimate: nats a sequence."""
+"""How far a changed model's outputs are from the dense model's, in the units of the Fisher estimate (nats)."""
 
 from typing import Any
 

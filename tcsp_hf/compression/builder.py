@@ -87,9 +87,7 @@ class Builder:
 
     def widths(self, sizes: Sizes) -> dict[str, int]:
         """Width by site name; the masked-LM head has the embeddings' width."""
-        widths = {
-            name: size for members, size in zip(self.groups, sizes.hidden, strict=True) for name in members
-        }
+        widths = {name: size for members, size in zip(self.groups, sizes.hidden, strict=True) for name in members}
         return {name: widths.get(name, sizes.hidden[0]) for name in self.sites}
 
     def config(self, sizes: Sizes, kept_heads: list[list[int]] | None = None) -> TCSPConfig:

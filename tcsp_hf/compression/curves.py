@@ -128,7 +128,7 @@ class CurveMeasure:
         alter: Callable[[int, ExitStack], None],
         power: float = 1.0,
     ) -> np.ndarray:
-        """The curve times what the loss really is over what it predicts, at these sizes and between them, to a power."""
+        """The curve times what the loss really is over what it predicts, at these sizes and between, to a power."""
         points: list[tuple[int, float]] = []
         for size in sizes:
             predicted = float(curve[size])
@@ -220,9 +220,11 @@ class CurveMeasure:
         with ExitStack() as stack:
             for block in measured:
                 stack.callback(block.output.register_forward_pre_hook(partial(keep_input, block)).remove)
-                stack.callback(self.norms[block.reads].norm.register_forward_hook(partial(keep_stream, block.reads)).remove)
+                norm = self.norms[block.reads].norm
+                stack.callback(norm.register_forward_hook(partial(keep_stream, block.reads)).remove)
                 if block.attention is not None:
-                    for module, key in zip((*block.inner[:2], block.attention), ("query", "key", "attention"), strict=True):
+                    watched = (*block.inner[:2], block.attention)
+                    for module, key in zip(watched, ("query", "key", "attention"), strict=True):
                         hook = partial(keep_output, (block.writes, key))
                         stack.callback(module.register_forward_hook(hook).remove)
             scales = stack.enter_context(self.metrics.recording([block.writes for block in measured]))
@@ -259,7 +261,7 @@ class CurveMeasure:
                 total += part
 
     def _solution(self, block: Block) -> torch.Tensor:
-        """The dense output linear in its normal equations' regressors, (D, inputs) float64, as the next norm sees it."""
+        """The dense output linear in its normal equations' regressors, (D, inputs) float64, centred for a LayerNorm."""
         weight = block.output.weight.detach().double()
         if self.family != "bert":
             return weight
@@ -323,15 +325,13 @@ class CurveMeasure:
     ) -> np.ndarray:
         neurons = self.costs.neurons
         step = max(1, neurons // 96)
-        order, points = drop_inputs(moments, weighed, neurons, step, max(1, neurons // 48))
+        _, points, order = drop_inputs(moments, weighed, neurons, step, max(1, neurons // 48))
         left = [float(count) for count, _ in points][::-1]
         curve = per_sequence * np.interp(np.arange(neurons + 1), left, [value for _, value in points][::-1])
 
         def alter(size: int, stack: ExitStack) -> None:
-            kept, _ = drop_inputs(moments, weighed, neurons, size, max(1, neurons // 48))
             gone = torch.zeros(moments.shape[0], dtype=torch.bool, device=self.device)
-            gone[:neurons] = True
-            gone[kept] = False
+            gone[order[: neurons - size]] = True
             self._replace(block, self._without(moments, whole, gone), stack)
 
         return self._scaled(curve, [neurons // 8, neurons // 2], alter)
@@ -372,15 +372,13 @@ class CurveMeasure:
         size, heads = self.costs.head_size, self.costs.heads
         if heads == 1:
             return np.zeros(2)
-        _, losses = drop_heads(moments, weighed, heads, size, 1)
+        _, losses, order = drop_heads(moments, weighed, heads, size, 1)
         curve = per_sequence * np.array([2.0 * losses[-1], *losses[::-1]])
 
         def alter(kept: int, stack: ExitStack) -> None:
-            stays, _ = drop_heads(moments, weighed, heads, size, kept)
             gone = torch.zeros(moments.shape[0], dtype=torch.bool, device=self.device)
-            gone[: heads * size] = True
-            for head in stays.tolist():
-                gone[head * size : (head + 1) * size] = False
+            for head in order[: heads - kept]:
+                gone[head * size : (head + 1) * size] = True
             self._replace(block, self._without(moments, whole, gone), stack)
 
         return self._scaled(curve, [max(1, heads // 2), heads - 1], alter)

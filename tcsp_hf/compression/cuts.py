@@ -32,7 +32,7 @@ def cut_values(
     select = torch.eye(heads * head_size, dtype=torch.float64, device=prior.device)
     if keep < heads:
         first = solve(*equations.total, prior, _FIRST_PASS_STRENGTH, equations.bias)
-        kept, _ = drop_heads(equations.total[0], root @ first.T, heads, head_size, keep)
+        kept, _, _ = drop_heads(equations.total[0], root @ first.T, heads, head_size, keep)
         entries = (kept[:, None] * head_size + torch.arange(head_size, device=prior.device)).flatten()
         others = torch.arange(heads * head_size, len(prior), device=prior.device)
         rows = torch.cat([entries, others])
@@ -57,7 +57,7 @@ def cut_filters(problem: Problem, root: torch.Tensor, neurons: int, keep: int) -
         return problem, torch.arange(neurons, device=prior.device)
     first = solve(*equations.total, prior, _FIRST_PASS_STRENGTH, equations.bias)
     block = max(16, (neurons - keep) // _FEWEST_BLOCKS)
-    kept, _ = drop_inputs(equations.total[0], root @ first.T, neurons, keep, block)
+    kept, _, _ = drop_inputs(equations.total[0], root @ first.T, neurons, keep, block)
     rows = torch.cat([kept, torch.arange(neurons, len(prior), device=prior.device)])
     return (equations.keep(rows[:-1] if equations.bias else rows), prior[rows]), kept
 

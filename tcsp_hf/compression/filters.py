@@ -10,7 +10,7 @@ import torch
 
 def drop_inputs(
     moments: torch.Tensor, weights: torch.Tensor, candidates: int, keep: int, block: int = 16
-) -> tuple[torch.Tensor, list[tuple[int, float]]]:
+) -> tuple[torch.Tensor, list[tuple[int, float]], torch.Tensor]:
     """Keep `keep` of the first `candidates` inputs.
 
     Args:
@@ -21,7 +21,8 @@ def drop_inputs(
         block: inputs removed at a time.
 
     Returns:
-        Indices of the kept candidates, ascending (keep,), and the curve (inputs left, loss added so far).
+        Indices of the kept candidates, ascending (keep,), the curve (inputs left, loss added so far), and the indices
+        of the others in the order in which they went.
     """
     diagonal = moments.diagonal()
     damping = 1e-5 * diagonal.clamp(min=1e-8 * float(diagonal.mean()))
@@ -30,10 +31,12 @@ def drop_inputs(
     index = torch.arange(moments.shape[0], device=moments.device)
     left, loss = candidates, 0.0
     curve = [(left, loss)]
+    order: list[torch.Tensor] = []
     while left > keep:
         count = min(block, left - keep)
         score = weights[:, :left].square().sum(0) / inverse.diagonal()[:left]
         gone = score.argsort()[:count]
+        order.append(index[gone])
         core = torch.linalg.inv(inverse[gone][:, gone])
         lost = weights[:, gone]
         loss += float(((lost @ core) * lost).sum())
@@ -46,4 +49,4 @@ def drop_inputs(
         index = index[stays]
         left -= count
         curve.append((left, loss))
-    return index[:left].sort().values, curve
+    return index[:left].sort().values, curve, torch.cat(order) if order else index[:0]

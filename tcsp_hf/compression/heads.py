@@ -87,13 +87,14 @@ def value_factors(moments: torch.Tensor, weights: torch.Tensor, heads: int, head
 
 def drop_heads(
     moments: torch.Tensor, weights: torch.Tensor, heads: int, head_size: int, keep: int
-) -> tuple[torch.Tensor, list[float]]:
+) -> tuple[torch.Tensor, list[float], list[int]]:
     """Which heads to keep: the one whose values cost least goes first, the others are re-solved, and so on.
 
     Args: as for `value_factors`; `keep` heads stay.
 
     Returns:
-        Indices of the kept heads, ascending (keep,), and the loss by number of heads gone, from 0 on.
+        Indices of the kept heads, ascending (keep,), the loss by number of heads gone, from 0 on, and the others in
+        the order in which they went.
     """
     diagonal = moments.diagonal()
     damping = 1e-4 * diagonal.clamp(min=1e-8 * float(diagonal.mean()))
@@ -101,6 +102,7 @@ def drop_heads(
     weights = weights.clone()
     left = list(range(heads))
     losses = [0.0]
+    order: list[int] = []
     while len(left) > keep:
         blocks = [slice(i * head_size, (i + 1) * head_size) for i in range(len(left))]
         costs = [float(_block_loss(weights[:, mine], inverse[mine, mine])) for mine in blocks]
@@ -111,8 +113,8 @@ def drop_heads(
         correction = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, ~gone])
         weights = weights[:, ~gone] - weights[:, gone] @ correction
         inverse = inverse[~gone][:, ~gone] - inverse[~gone][:, gone] @ correction
-        del left[cheapest]
-    return torch.tensor(left, device=moments.device), losses
+        order.append(left.pop(cheapest))
+    return torch.tensor(left, device=moments.device), losses, order
 
 
 def _block_loss(weights: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,7 @@ def allocate_by_latency(
         fastest = min((row["latency"] for row in rows), default=float("nan"))
         raise TCSPError(
             f"latency={target} was not reached with axes {request.axes} on this machine: the fastest result that was "
-            f"timed takes {fastest:.3f} of the dense model's time. Ask for at most that fraction more, or cut more axes."
+            f"timed takes {fastest:.3f} of the dense model's time. Ask for that, or cut more axes."
         )
     return best[1], rows
 

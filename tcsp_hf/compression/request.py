@@ -41,7 +41,8 @@ class Request:
     @property
     def searches(self) -> bool:
         """Whether sizes are chosen by predicted loss (one width for all sites needs no search)."""
-        return self.remove is not None and (self.axes != ("hidden",) or self.refit) or bool(self.flops or self.latency)
+        searched = self.remove is not None and (self.refit or self.axes != ("hidden",))
+        return searched or self.flops is not None or self.latency is not None
 
 
 def check_request(

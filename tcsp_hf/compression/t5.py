@@ -35,9 +35,7 @@ def config_fields(
             fields[f"{stack}_layer_intermediate_sizes"] = filters
     for group in ("encoder", "decoder", "cross"):
         cross = group == "cross"
-        mine = [
-            i for i, b in enumerate(attention) if (b.kind == "cross") == cross and (cross or b.stack == group)
-        ]
+        mine = [i for i, b in enumerate(attention) if (b.kind == "cross") == cross and (cross or b.stack == group)]
         if any(sizes.heads[i] != config.num_heads for i in mine):
             name = "cross_layer_attention_heads" if cross else f"{group}_layer_kept_heads"
             fields[name] = [sizes.heads[i] if cross else kept_heads[i] for i in mine]

@@ -11,12 +11,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..architectures import family_of
 from ..baselines import BASELINES, Baseline
 from ..calibration import Calibration
 from ..calibration.fingerprint import model_fingerprint
 from ..compression import compress, count_parameters
-from ..compression.budget import AXES
+from ..compression.plan import AXES
 from ..configuration_tcsp import METHOD_VERSION
 from ..errors import TCSPError
 from ..files import check_output_folder, write_whole
@@ -27,8 +26,6 @@ from .memory import PeakMemory
 
 OURS = "ours"
 METHODS = (OURS, *BASELINES)
-OUR_AXES = {"bert": AXES, "t5": AXES[:1]}
-"""What `compress` may cut in each family."""
 BARS = {"sst2": {0.44: (0.880, 0.010), 0.60: (0.876, 0.030), 0.75: (0.865, 0.060)}}
 """Task -> removed fraction -> the least score and the largest distance of our method (MiniLM classifier)."""
 
@@ -77,11 +74,11 @@ class Plan:
             raise TCSPError(f"latency is {self.latency}, but the model reads at most {longest} tokens.")
 
 
-def method_of(name: str, model: PreTrainedModel, axes: Sequence[str] | None) -> Baseline:
+def method_of(name: str, axes: Sequence[str] | None) -> Baseline:
     """A method by its name; ours as one more of the same kind."""
     if name != OURS:
         return BASELINES[name]
-    chosen = OUR_AXES[family_of(model)[0]] if axes is None else tuple(axes)
+    chosen = AXES if axes is None else tuple(axes)
 
     def ours(dense: PreTrainedModel, stats: Calibration, removed: float) -> PreTrainedModel:
         return compress(dense, stats, remove=removed, axes=chosen)
@@ -253,7 +250,7 @@ def _dense_row(comparison: Comparison) -> Row:
 
 
 def _row(comparison: Comparison, plan: Plan, folder: QualityFolder, name: str, removed: float) -> Row:
-    dense, method = comparison.dense, method_of(name, comparison.dense, plan.axes)
+    dense, method = comparison.dense, method_of(name, plan.axes)
     stats = comparison.stats
     if comparison.calibration_seconds is not None and comparison.calibration_seconds != folder.calibration_seconds:
         folder.calibration_seconds = comparison.calibration_seconds

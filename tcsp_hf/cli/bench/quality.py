@@ -93,7 +93,7 @@ def quality_command(
             points,
             (milliseconds[len(milliseconds) // 2], dense["score"]),
             dense["score_name"],
-            method_of(OURS, comparison.dense, plan.axes).title,
+            method_of(OURS, plan.axes).title,
         )
     if as_json:
         print_json(result)
