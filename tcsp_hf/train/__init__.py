@@ -1,0 +1,1 @@
+"""Training: fine-tuning dense models, and compressing and distilling in one go."""
