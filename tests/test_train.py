@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from tcsp_hf import TCSPError, TCSPTrainer
 from tcsp_hf.calibration import calibrate
 from tcsp_hf.compression import compress
-from tcsp_hf.train.sites import SiteTargets, record_compressed, record_dense
+from tcsp_hf.train.sites import SiteSums, SiteTargets, record_compressed, record_dense
 
 BERT = find("bert-ForSequenceClassification")
 T5 = find("t5-ForConditionalGeneration")
@@ -88,7 +88,7 @@ def test_targets_are_the_states_where_nothing_is_lost(case: Case) -> None:
     stats = calibrate(dense, rows, batch_size=16, progress=False)
     small = compress(dense, stats, hidden_size=k, multiple_of=1)
     trainer_rows = [{name: torch.tensor([value]) for name, value in row.items()} for row in rows]
-    targets = SiteTargets.fit(dense, small, trainer_rows)
+    targets = SiteTargets.solve([SiteSums.collect(dense, small, trainer_rows)])
     inputs = trainer_rows[0]
     with (
         torch.no_grad(),
@@ -189,7 +189,7 @@ def test_peft_on_a_compressed_model(tmp_path: Path) -> None:
     before = weights(small)
     wrapped = peft.get_peft_model(small, peft.LoraConfig(target_modules="all-linear", r=2, task_type="SEQ_CLS"))
     trainer = make_trainer(
-        BERT, tmp_path, model=wrapped, hidden_size=None, _teacher=make_dense(BERT, torch.float32), num_train_epochs=3
+        BERT, tmp_path, model=wrapped, hidden_size=None, _teacher=make_dense(BERT, torch.float32), learning_rate=1e-2
     )
     trainer.train()
     assert sum(losses(trainer)[-3:]) < sum(losses(trainer)[:3])
@@ -313,15 +313,15 @@ def two_ranks(folder: Path, broken: int = 0, **fields: Any) -> subprocess.Comple
 @pytest.mark.slow
 def test_two_ranks_hold_the_same_model(tmp_path: Path) -> None:
     """Bit-equal on both, and as one process would have it, but for rounding."""
-    done = two_ranks(tmp_path / "two", max_steps=3, distillation=0.5)
+    done = two_ranks(tmp_path / "two", max_steps=3, distillation=0.5, optim="sgd", learning_rate=0.05)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / "two" / f"{rank}.pt") for rank in (0, 1))
     assert first["projection"] == second["projection"]
     assert same(first["weights"], second["weights"])
-    alone = make_plain_trainer(tmp_path / "one", max_steps=3, distillation=0.5)
+    alone = make_plain_trainer(tmp_path / "one", max_steps=3, distillation=0.5, optim="sgd", learning_rate=0.05)
     alone.train()
     for name, value in weights(alone.model).items():
-        torch.testing.assert_close(first["weights"][name], value, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(first["weights"][name], value, rtol=1e-3, atol=1e-5)
     assert alone.model.config.projection["calibration"] == first["projection"]["calibration"]
 
 

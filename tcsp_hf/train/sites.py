@@ -101,25 +101,26 @@ def mask_of(site: str, masks: dict[str, torch.Tensor], rows: torch.Tensor) -> to
 
 
 @dataclass
-class SiteTargets:
-    """How a dense model's states become a compressed one's targets.
+class SiteSums:
+    """Sums over tokens, in float64: what the encoders are solved from. Sums of shards add up.
 
     Attributes:
-        encoders: site -> `E` (D, k) float32.
-        scales: site -> mean of `||E' n||²` over tokens, which the errors are measured in.
+        moments: site -> sum of `n n'` (D, D).
+        products: site -> sum of `n z'` (D, k).
+        tokens: site -> number of tokens.
     """
 
-    encoders: dict[str, torch.Tensor]
-    scales: dict[str, float]
+    moments: States
+    products: States
+    tokens: dict[str, int]
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, dense: Any, small: Any, batches: Iterable[Batch]) -> "SiteTargets":
-        """Solve every site's encoder on batches of inputs; stops after enough tokens."""
-        shared = [name for name in compressed_norms(small) if name in {site.name for site in sites_of(dense)}]
-        moments: dict[str, torch.Tensor] = {}
-        products: dict[str, torch.Tensor] = {}
-        tokens: dict[str, int] = dict.fromkeys(shared, 0)
+    def collect(cls, dense: Any, small: Any, batches: Iterable[Batch]) -> "SiteSums":
+        """Run both models on batches of inputs, until there are enough tokens."""
+        known = {site.name for site in sites_of(dense)}
+        shared = [name for name in compressed_norms(small) if name in known]
+        sums = cls({}, {}, dict.fromkeys(shared, 0))
         enough = _TOKENS_PER_DIMENSION * int(dense.config.hidden_size)
         modes = [(model, model.training) for model in (dense, small)]
         dense.eval()
@@ -132,22 +133,46 @@ class SiteTargets:
                 masks = token_masks(inputs)
                 for name in [name for name in shared if name in carried and name in normalised]:
                     mask = mask_of(name, masks, carried[name])
-                    n = normalised[name][mask].to("cpu", torch.float64)
-                    z = carried[name][mask].to("cpu", torch.float64)
-                    moments[name] = moments.get(name, 0.0) + n.T @ n
-                    products[name] = products.get(name, 0.0) + n.T @ z
-                    tokens[name] += len(n)
-                if min(tokens.values()) >= enough:
+                    sums._add(name, normalised[name][mask], carried[name][mask])
+                if min(sums.tokens.values()) >= enough:
                     break
         finally:
             for model, training in modes:
                 model.train(training)
+        return sums
+
+    def _add(self, name: str, normalised: torch.Tensor, carried: torch.Tensor) -> None:
+        n, z = normalised.to("cpu", torch.float64), carried.to("cpu", torch.float64)
+        for sums, value in ((self.moments, n.T @ n), (self.products, n.T @ z)):
+            sums[name] = sums[name] + value if name in sums else value
+        self.tokens[name] += len(n)
+
+
+@dataclass
+class SiteTargets:
+    """How a dense model's states become a compressed one's targets.
+
+    Attributes:
+        encoders: site -> `E` (D, k) float32.
+        scales: site -> mean of `||E' n||²` over tokens, which the errors are measured in.
+    """
+
+    encoders: dict[str, torch.Tensor]
+    scales: dict[str, float]
+
+    @classmethod
+    def solve(cls, parts: list[SiteSums]) -> "SiteTargets":
+        """Every site's encoder from the sums of all shards, by ridge regression."""
         encoders, scales = {}, {}
-        for name, moment in moments.items():
+        for name in {name: None for part in parts for name in part.moments}:
+            holders = [part for part in parts if name in part.moments]
+            moment = torch.stack([part.moments[name] for part in holders]).sum(0)
+            product = torch.stack([part.products[name] for part in holders]).sum(0)
             shift = _RIDGE * moment.diagonal().mean()
-            encoder = torch.linalg.solve(moment + shift * torch.eye(len(moment), dtype=moment.dtype), products[name])
+            encoder = torch.linalg.solve(moment + shift * torch.eye(len(moment), dtype=moment.dtype), product)
             encoders[name] = encoder.float().contiguous()
-            scales[name] = float((encoder * (moment @ encoder)).sum()) / tokens[name]
+            tokens = sum(part.tokens[name] for part in holders)
+            scales[name] = float((encoder * (moment @ encoder)).sum()) / tokens
         return cls(encoders, scales)
 
     def to(self, device: torch.device) -> "SiteTargets":

@@ -25,7 +25,7 @@ from .checkpoint import Record, check_resumable, checkpoint_to_resume, load_targ
 from .distillation import Distiller
 from .ranks import on_every_rank, on_first_rank, rank_and_size
 from .sampler import EpochLengthSampler
-from .sites import Batch, SiteTargets
+from .sites import Batch, SiteSums, SiteTargets
 
 logger = logging.getLogger("tcsp_hf")
 _INPUTS = ("input_ids", "inputs_embeds")
@@ -93,8 +93,8 @@ class _CompressingTrainer(Trainer):
             raise TCSPError("Hidden states cannot be compared under DataParallel: start with torchrun or accelerate.")
         if _reentrant(args) and args.distillation and args.hidden_weight:
             raise TCSPError(
-                "use_reentrant=True was given, under which hidden states carry no gradient: take use_reentrant=False in "
-                "the checkpointing arguments, or hidden_weight=0."
+                "use_reentrant=True was given, under which hidden states carry no gradient: take use_reentrant=False "
+                "in the checkpointing arguments, or hidden_weight=0."
             )
 
     # Training -------------------------------------------------------------------------------------------------------
@@ -254,12 +254,13 @@ class _CompressingTrainer(Trainer):
         if self.args.hidden_weight:
             targets = None if self._checkpoint is None else load_targets(self._checkpoint)
             if targets is None:
-                targets = on_first_rank(lambda: self._fit_targets(distiller, _plain(small)))
+                sums = on_every_rank(lambda: self._site_sums(distiller, _plain(small)))
+                targets = on_first_rank(lambda: SiteTargets.solve(sums))
             distiller.targets = targets.to(self.args.device)
         self._distiller = distiller
         self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch
 
-    def _fit_targets(self, distiller: Distiller, small: Any) -> SiteTargets:
+    def _site_sums(self, distiller: Distiller, small: Any) -> SiteSums:
         rows = self._calibration_rows()
 
         def batches() -> Iterator[Batch]:
@@ -268,7 +269,7 @@ class _CompressingTrainer(Trainer):
                 batch = self._prepare_inputs(self._collator()(rows[start : start + 32]))
                 yield distiller.without_labels(distiller.complete(batch))
 
-        return SiteTargets.fit(distiller.teacher, small.to(self.args.device), batches())
+        return SiteSums.collect(distiller.teacher, small.to(self.args.device), batches())
 
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
