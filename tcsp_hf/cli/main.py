@@ -14,6 +14,7 @@ from .compress import compress_command
 from .demo import demo_command
 from .finetune import evaluate_command, finetune_command
 from .inspect import inspect_command
+from .train import train_command
 
 app = typer.Typer(
     name="tcsp",
@@ -32,6 +33,7 @@ app.command("compress")(compress_command)
 app.command("inspect")(inspect_command)
 app.command("finetune")(finetune_command)
 app.command("evaluate")(evaluate_command)
+app.command("train")(train_command)
 app.add_typer(bench_app, name="bench")
 
 

@@ -131,7 +131,8 @@ def write(
                 max_length=max_length,
                 return_tensors="pt",
             ).to(model.device)
-            tokens = model.generate(**batch, max_new_tokens=max_target_tokens(task), do_sample=False, num_beams=1)
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}  # not BERT's token types
+            tokens = model.generate(**inputs, max_new_tokens=max_target_tokens(task), do_sample=False, num_beams=1)
             for i, text in zip(chosen, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
                 written[i] = text
             bar.update(len(chosen))
