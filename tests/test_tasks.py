@@ -40,6 +40,7 @@ NUMBERS = st.lists(
 # Metrics ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:A single label was found:UserWarning")
 @given(PAIRS)
 def test_classification_metrics_equal_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     ours, theirs = (np.array(side) for side in zip(*pairs, strict=True))

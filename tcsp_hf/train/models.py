@@ -46,6 +46,8 @@ def load_for_task(name: str, task: Task, form: str | None = None, seed: int = 0)
             raise TCSPError(f"{name!r} is no encoder-decoder, so it cannot write text: take form {task.form!r}.")
         set_seed(seed)
         fields: dict[str, Any] = {}
+        if chosen == SPANS:
+            fields["num_labels"] = 2  # start and end; a checkpoint of another task may say otherwise
         if chosen == CLASSIFICATION:
             fields["num_labels"] = max(1, len(task.labels))
             if task.labels:
