@@ -187,12 +187,20 @@ def test_peft_on_a_compressed_model(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     small = make_small(BERT)
     before = weights(small)
+    torch.manual_seed(0)  # of the adapters
     wrapped = peft.get_peft_model(small, peft.LoraConfig(target_modules="all-linear", r=2, task_type="SEQ_CLS"))
     trainer = make_trainer(
-        BERT, tmp_path, model=wrapped, hidden_size=None, _teacher=make_dense(BERT, torch.float32), learning_rate=1e-2
+        BERT,
+        tmp_path,
+        model=wrapped,
+        hidden_size=None,
+        _teacher=make_dense(BERT, torch.float32),
+        learning_rate=1e-2,
+        num_train_epochs=5,
     )
     trainer.train()
-    assert sum(losses(trainer)[-3:]) < sum(losses(trainer)[:3])
+    found = losses(trainer)
+    assert sum(found[-10:]) < sum(found[:10])
     after = weights(wrapped)
     kept = "base_model.model.bert.embeddings.word_embeddings.weight"
     assert torch.equal(after[kept], before["bert.embeddings.word_embeddings.weight"])
