@@ -301,6 +301,36 @@ def test_text_model_scores(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(task.metrics) <= set(found)
 
 
+def test_bench_paper(data: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TCSP_DATA_DIR", str(data))
+    rows, results = tmp_path / "rows", tmp_path / "results"
+    tcsp("bench", "paper", rows, "-o", results, "--models", base, "--tasks", "mrpc", "--remove", "0.2", "--no-run")
+    paths = sorted(rows.glob("*.toml"))
+    assert len(paths) == 3
+    for path in paths:
+        path.write_text(path.read_text() + "dense_epochs = 1\nmax_length = 30\n")
+    found = json.loads(tcsp("bench", "paper", rows, "-o", results, "--json"))
+    assert {entry["row"]["mode"] for entry in found} == {"retraining-free", "fine-tuned", "distilled"}
+    assert all(entry["removed"] >= 0.2 and 0 <= entry["scores"]["accuracy"] <= 1 for entry in found)
+    assert len({json.dumps(entry["dense"]) for entry in found}) == 1  # one dense model for all
+    assert [entry["steps"] for entry in found] == [2, 2, 0]  # distilled, fine-tuned, retraining-free
+    written = {path: path.stat().st_mtime_ns for path in results.glob("*-*.json")}
+    (results / f"{paths[0].stem}.json").unlink()
+    again = json.loads(tcsp("bench", "paper", rows, "-o", results, "--json"))
+    assert [entry["scores"] for entry in again] == [entry["scores"] for entry in found]
+    kept = [path for path, stamp in written.items() if path.stat().st_mtime_ns == stamp]
+    assert len(kept) == 2
+    assert "CoFi" in (results / "README.md").read_text()
+    paths[0].write_text(paths[0].read_text().replace("0.2", "0.3"))
+    with pytest.raises(TCSPError, match="other settings"):
+        tcsp("bench", "paper", rows, "-o", results)
+    for line, match in (("mode = 'x'", "Cannot overwrite"), ("fraction = 1", "unknown field 'fraction'")):
+        paths[0].write_text(paths[0].read_text() + line + "\n")
+        with pytest.raises(TCSPError, match=match):
+            tcsp("bench", "paper", rows, "-o", results)
+        paths[0].write_text(paths[0].read_text().replace(line + "\n", ""))
+
+
 def test_commands_refuse(data: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TCSP_DATA_DIR", str(data))
     out = tmp_path / "out"

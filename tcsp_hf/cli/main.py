@@ -14,6 +14,7 @@ from .compress import compress_command
 from .demo import demo_command
 from .finetune import evaluate_command, finetune_command
 from .inspect import inspect_command
+from .paper import paper_command
 from .train import train_command
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app.command("inspect")(inspect_command)
 app.command("finetune")(finetune_command)
 app.command("evaluate")(evaluate_command)
 app.command("train")(train_command)
+bench_app.command("paper")(paper_command)
 app.add_typer(bench_app, name="bench")
 
 

@@ -13,7 +13,7 @@ from ..errors import TCSPError
 from ..files import check_output_folder, new_folder
 from ..loading import load_model, load_tokenizer
 from ..tasks import TASKS, find_task, score
-from ..train.distil import compress_and_train
+from ..train.distil import run_training, task_trainer
 from ..train.finetune import Schedule, choose_rows
 from ..train.models import resolve_name
 from .common import JsonOption, OverwriteOption, QuietOption, print_json, print_table, progress_of
@@ -101,7 +101,7 @@ def train_command(
     with new_folder(output, overwrite) as staging:
         folder = staging / "trainer" if checkpoints is None else checkpoints
         saving = {} if checkpoints is None else {"save_strategy": "epoch", "save_total_limit": 2}
-        small, took = compress_and_train(
+        trainer = task_trainer(
             dense,
             tokenizer,
             chosen,
@@ -109,10 +109,10 @@ def train_command(
             schedule,
             folder,
             quiet=bars_hidden(quiet, as_json),
-            resume=checkpoints is not None,
             **options,
             **saving,
         )
+        small, took = run_training(trainer, resume=checkpoints is not None)
         if checkpoints is None and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
         small.save_pretrained(staging)

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
+from ..calibration import Calibration
 from ..calibration.inputs import TEXT_COLUMNS
 from ..errors import TCSPError
 from ..tasks.features import make_collator, make_features
@@ -39,7 +40,7 @@ def text_features(data: Any, tokenizer: Any, max_length: int | None, columns: tu
     )
 
 
-def compress_and_train(
+def task_trainer(
     dense: PreTrainedModel,
     tokenizer: Any,
     task: Task | None,
@@ -48,16 +49,16 @@ def compress_and_train(
     folder: Path,
     *,
     quiet: bool = False,
-    resume: bool = False,
+    calibration: Calibration | None = None,
     **options: Any,
-) -> tuple[PreTrainedModel, TrainingResult]:
-    """A compressed model, trained with the dense one as teacher; the last weights, no selection on any score.
+) -> TCSPTrainer | TCSPSeq2SeqTrainer:
+    """The trainer that compresses a dense model and trains the result with the dense one as teacher.
 
     Args:
         task: None for unlabelled text and any head (an embedding model).
         data: rows of the task, or text (see `text_features`).
         folder: for the Trainer's own files.
-        resume: go on from the last complete checkpoint in `folder`, if there is one.
+        calibration: statistics from elsewhere.
         options: of `TCSPTrainingArguments`: the budget, distillation, and where to save (`save_strategy`).
 
     Raises:
@@ -72,13 +73,29 @@ def compress_and_train(
     else:
         features = make_features(task, form, data, tokenizer, schedule.max_length or task.max_length)
         collator = make_collator(form, tokenizer, dense)
-    trainer = made[0](dense, arguments, train_dataset=features, data_collator=collator, processing_class=tokenizer)
+    trainer = made[0](
+        dense,
+        arguments,
+        train_dataset=features,
+        data_collator=collator,
+        processing_class=tokenizer,
+        calibration=calibration,
+    )
     if quiet:
         quieten(trainer)
+    return trainer
+
+
+def run_training(trainer: Any, resume: bool = False) -> tuple[Any, TrainingResult]:
+    """The compressed model with the last weights (no score selects them), and what it took.
+
+    Args:
+        resume: go on from the last complete checkpoint in the trainer's folder, if there is one.
+    """
     started = time.perf_counter()
-    go_on = resume and any(folder.glob("checkpoint-*"))
+    go_on = resume and any(Path(trainer.args.output_dir).glob("checkpoint-*/trainer_state.json"))
     result = trainer.train(resume_from_checkpoint=go_on or None)
-    small: Any = trainer.model
-    small.eval()
-    took = TrainingResult(time.perf_counter() - started, result.global_step, len(features), result.training_loss)
-    return small, took
+    trainer.model.eval()
+    rows = len(trainer.train_dataset)
+    took = TrainingResult(time.perf_counter() - started, result.global_step, rows, result.training_loss)
+    return trainer.model, took

@@ -125,6 +125,19 @@ class _CompressingTrainer(Trainer):
         finally:
             self._starting = False
 
+    def compress(self) -> Any:
+        """Calibrate and compress the dense model without training; `train()` afterwards only trains.
+
+        Raises:
+            TCSPError: no usable data, or the budget cannot be met.
+        """
+        if is_compressed(self.model):
+            raise TCSPError("The model is compressed already.")
+        self._check_data()
+        self.teacher = self.teacher if self.teacher is not None else _plain(self.model)
+        self._take(self._compressed(self.model))
+        return _plain(self.model).eval()
+
     def call_model_init(self, trial: Any = None) -> Any:
         """As transformers'; when a training starts, the new model is compressed."""
         model = super().call_model_init(trial)
