@@ -71,6 +71,17 @@ def test_hidden_size_of_a_compressed_model_is_left_alone(tmp_path: Path) -> None
     assert trainer.calibration is None
 
 
+def test_compress_then_train_is_train(tmp_path: Path) -> None:
+    whole = make_trainer(BERT, tmp_path / "whole")
+    whole.train()
+    parts = make_trainer(BERT, tmp_path / "parts")
+    assert parts.compress().config.hidden_size == 16
+    parts.train()
+    assert same(weights(whole.model), weights(parts.model))
+    with pytest.raises(TCSPError, match="compressed already"):
+        parts.compress()
+
+
 def test_a_given_calibration_is_used(tmp_path: Path) -> None:
     dense = make_dense(BERT, torch.float32)
     stats = calibrate(dense, make_data(BERT, False, 30), progress=False)

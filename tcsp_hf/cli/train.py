@@ -100,7 +100,7 @@ def train_command(
     }
     with new_folder(output, overwrite) as staging:
         folder = staging / "trainer" if checkpoints is None else checkpoints
-        saving = {} if checkpoints is None else {"save_strategy": "epoch", "save_total_limit": 2}
+        saving: dict[str, Any] = {} if checkpoints is None else {"save_strategy": "epoch", "save_total_limit": 2}
         trainer = task_trainer(
             dense,
             tokenizer,

@@ -146,7 +146,8 @@ class _CompressingTrainer(Trainer):
     def _start(self, model: Any) -> Any:
         """The model to train: `model` itself where that is compressed, otherwise a compressed one."""
         if is_compressed(model):
-            if self.args.remove is not None or self.args.hidden_size is not None:
+            budget = self.args.remove is not None or self.args.hidden_size is not None
+            if budget and self._record is None:
                 logger.warning("The model is compressed already: remove and hidden_size have no effect.")
             small, teacher = model, self.teacher
         else:
