@@ -3,6 +3,8 @@
 Importing the package registers the compressed architectures with transformers' Auto classes.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .calibration import Calibration, calibrate
 from .compression import compress
 from .configuration_tcsp import TCSPConfig
@@ -32,6 +34,21 @@ from .version import __version__
 
 register()
 
+if TYPE_CHECKING:
+    from .train import TCSPSeq2SeqTrainer, TCSPSeq2SeqTrainingArguments, TCSPTrainer, TCSPTrainingArguments
+
+_TRAINING = ("TCSPSeq2SeqTrainer", "TCSPSeq2SeqTrainingArguments", "TCSPTrainer", "TCSPTrainingArguments")
+
+
+def __getattr__(name: str) -> Any:
+    """The trainers, imported when they are asked for: transformers' own take their time."""
+    if name in _TRAINING:
+        from . import train
+
+        return getattr(train, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "Calibration",
     "TCSPBertConfig",
@@ -45,6 +62,8 @@ __all__ = [
     "TCSPBertModel",
     "TCSPConfig",
     "TCSPError",
+    "TCSPSeq2SeqTrainer",
+    "TCSPSeq2SeqTrainingArguments",
     "TCSPT5Config",
     "TCSPT5EncoderModel",
     "TCSPT5ForConditionalGeneration",
@@ -52,6 +71,8 @@ __all__ = [
     "TCSPT5ForSequenceClassification",
     "TCSPT5ForTokenClassification",
     "TCSPT5Model",
+    "TCSPTrainer",
+    "TCSPTrainingArguments",
     "__version__",
     "calibrate",
     "compress",

@@ -12,7 +12,10 @@ from .calibrate import calibrate_command
 from .common import hide_library_bars
 from .compress import compress_command
 from .demo import demo_command
+from .finetune import evaluate_command, finetune_command
 from .inspect import inspect_command
+from .paper import paper_command
+from .train import train_command
 
 app = typer.Typer(
     name="tcsp",
@@ -29,6 +32,10 @@ app.command("demo")(demo_command)
 app.command("calibrate")(calibrate_command)
 app.command("compress")(compress_command)
 app.command("inspect")(inspect_command)
+app.command("finetune")(finetune_command)
+app.command("evaluate")(evaluate_command)
+app.command("train")(train_command)
+bench_app.command("paper")(paper_command)
 app.add_typer(bench_app, name="bench")
 
 

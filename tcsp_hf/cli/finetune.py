@@ -1,0 +1,164 @@
+"""`tcsp finetune` and `tcsp evaluate`."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..files import check_output_folder, new_folder
+from ..loading import load_model, load_tokenizer
+from ..tasks import TASKS, find_task, score
+from ..tasks.table import Task
+from ..train.finetune import Schedule, choose_rows, finetune
+from ..train.models import load_for_task, resolve_name
+from .common import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    OverwriteOption,
+    QuietOption,
+    print_json,
+    print_table,
+    progress_of,
+)
+
+TaskOption = Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")]
+DataFolderOption = Annotated[
+    str | None,
+    typer.Option("--data", help="Other data with the task's columns: a folder of splits, or a Hub dataset."),
+]
+TrainSplitOption = Annotated[str, typer.Option(help="Split to train on.")]
+EvalSplitOption = Annotated[str | None, typer.Option(help="Split to score on; the task's validation split by default.")]
+FormOption = Annotated[
+    str | None,
+    typer.Option(help="classification, spans or text; text for encoder-decoders, a head for encoders by default."),
+]
+EpochsOption = Annotated[float, typer.Option(help="Passes over the training data.")]
+LearningRateOption = Annotated[float, typer.Option("--lr", help="Highest learning rate.")]
+BatchSizeOption = Annotated[int, typer.Option(help="Sequences per step.", min=1)]
+MaxLengthOption = Annotated[
+    int | None, typer.Option(help="Tokens of an input; 128 for GLUE, 384 for SQuAD by default.", min=8)
+]
+TrainSamplesOption = Annotated[int | None, typer.Option(help="At most so many training rows, drawn at random.", min=1)]
+EvalSamplesOption = Annotated[int | None, typer.Option(help="Only the first rows of the split.", min=1)]
+SeedOption = Annotated[int, typer.Option(help="Of the new head, the choice and order of rows, and dropout.")]
+Bf16Option = Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast: less time where the processor has it.")]
+
+
+def bars_hidden(quiet: bool, as_json: bool) -> bool:
+    """Whether the Trainer shows no bar: asked for, or not on a terminal."""
+    return quiet or as_json or not sys.stderr.isatty()
+
+
+def first_rows(data: Any, count: int | None) -> Any:
+    return data if count is None else data.select(range(min(count, len(data))))
+
+
+def score_rows(task: Task, scores: dict[str, float]) -> list[list[str]]:
+    return [[name, f"{value:.2f}" if task.is_qa else f"{value:.4f}"] for name, value in scores.items()]
+
+
+def finetune_command(
+    model: Annotated[str, typer.Option(help="Folder or Hub name, or all-MiniLM-L6-v2 for the extra [demo]'s copy.")],
+    task: TaskOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the fine-tuned model.")],
+    data: DataFolderOption = None,
+    train_split: TrainSplitOption = "train",
+    eval_split: EvalSplitOption = None,
+    form: FormOption = None,
+    epochs: EpochsOption = 3.0,
+    lr: LearningRateOption = 5e-5,
+    batch_size: BatchSizeOption = 32,
+    max_length: MaxLengthOption = None,
+    train_samples: TrainSamplesOption = None,
+    eval_samples: EvalSamplesOption = None,
+    evaluate: Annotated[bool, typer.Option(help="Score the result on the evaluation split.")] = True,
+    seed: SeedOption = 0,
+    bf16: Bf16Option = False,
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune a model, dense or compressed, on a task. The last weights are kept: no score selects them.
+
+    Example: tcsp finetune --model google-bert/bert-base-uncased --task mrpc -o bert-mrpc/
+    """
+    chosen = find_task(task)
+    check_output_folder(output, overwrite)
+    schedule = Schedule(epochs, lr, batch_size, max_length, seed=seed, bf16=bf16)
+    bars = progress_of(quiet, as_json)
+    rows = choose_rows(chosen.load(train_split, data), train_samples, seed)
+    held_out = first_rows(chosen.load(eval_split, data), eval_samples) if evaluate else None
+    name = resolve_name(model)
+    tokenizer = load_tokenizer(name)
+    found, chosen_form = load_for_task(name, chosen, form, seed)
+    with new_folder(output, overwrite) as staging:
+        took = finetune(found, tokenizer, chosen, rows, schedule, staging / "trainer", bars_hidden(quiet, as_json))
+        _remove_empty(staging / "trainer")
+        found.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        scores = None
+        if held_out is not None:
+            scores = score(found, tokenizer, chosen, held_out, max_length=max_length, progress=bars)
+        summary: dict[str, Any] = {
+            "model": model,
+            "task": task,
+            "form": chosen_form,
+            "train_split": train_split,
+            "train_rows": len(rows),
+            "eval_split": eval_split or chosen.splits[0],
+            "eval_rows": None if held_out is None else len(held_out),
+            "scores": scores,
+            **asdict(schedule),
+            "seconds": round(took.seconds, 1),
+            "steps": took.steps,
+            "train_loss": took.loss,
+        }
+        (staging / "results.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        print_json({"output": str(output), **summary})
+        return
+    table = [] if scores is None else score_rows(chosen, scores)
+    note = f"{len(rows):,} training rows, {took.steps:,} steps, {took.seconds:.0f} s"
+    print_table(f"{model} on {task} -> {output}", ["", "score"], table, note)
+
+
+def _remove_empty(folder: Path) -> None:
+    """The Trainer makes its folder whether it writes anything or not."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def evaluate_command(
+    model: ModelArgument,
+    task: TaskOption,
+    data: DataFolderOption = None,
+    split: EvalSplitOption = None,
+    samples: EvalSamplesOption = None,
+    batch_size: BatchSizeOption = 64,
+    max_length: MaxLengthOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a model, dense or compressed, on a task.
+
+    Example: tcsp evaluate small/ --task mrpc
+    """
+    chosen = find_task(task)
+    rows = first_rows(chosen.load(split, data), samples)
+    found, tokenizer = load_model(model, dtype, device), load_tokenizer(model)
+    bars = progress_of(quiet, as_json)
+    scores = score(found, tokenizer, chosen, rows, batch_size=batch_size, max_length=max_length, progress=bars)
+    if as_json:
+        print_json(
+            {"model": model, "task": task, "split": split or chosen.splits[0], "rows": len(rows), "scores": scores}
+        )
+        return
+    note = f"{split or chosen.splits[0]}, {len(rows):,} rows"
+    print_table(f"{model} on {task}", ["", "score"], score_rows(chosen, scores), note)

@@ -1,0 +1,57 @@
+"""`tcsp bench paper`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import TCSPError
+from ..train.paper import picture, read_rows, report, run_row, write_grid
+from .common import JsonOption, QuietOption, print_json, progress_of
+from .finetune import bars_hidden
+
+
+def paper_command(
+    rows: Annotated[Path, typer.Argument(help="A row's .toml file, or a folder of them.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of results; rows that are there are kept.")],
+    models: Annotated[
+        str | None, typer.Option(help="First write a file for every model (with commas), task, fraction and mode.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Of the files to write.")] = "mrpc,rte,cola,stsb,sst2,qnli,squad",
+    remove: Annotated[str, typer.Option(help="Of the files to write.")] = "0.44,0.6,0.8,0.94",
+    run: Annotated[bool, typer.Option(help="Run the rows; --no-run only writes their files.")] = True,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The paper's experiment: {models} x {tasks} x {removed} x {retraining-free, fine-tuned, distilled}.
+
+    A stopped run goes on where it was. Writes results.json, README.md and, with matplotlib, results.png.
+
+    Example: tcsp bench paper rows/ -o results/ --models google-bert/bert-base-uncased,google-t5/t5-base
+    """
+    if models is not None:
+        try:
+            fractions = [float(part) for part in remove.split(",")]
+        except ValueError as error:
+            raise TCSPError(f"--remove is {remove!r}; it must be numbers with commas.") from error
+        write_grid(rows, models.split(","), tasks.split(","), fractions)
+    chosen = read_rows(rows)
+    if not run:
+        typer.echo(f"{len(chosen)} rows in {rows}")
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    bars = progress_of(quiet, as_json)
+    found = []
+    for i, row in enumerate(chosen):
+        if not (quiet or as_json):
+            typer.echo(f"[{i + 1}/{len(chosen)}] {row.name}", err=True)
+        found.append(run_row(row, output, bars_hidden(quiet, as_json), bars))
+        table = report(found, output)  # after every row: a stopped run leaves what it has
+    try:
+        picture(found, output / "results.png")
+    except TCSPError:
+        typer.echo("No picture: pip install 'tcsp_hf[plots]' for one.", err=True)
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo(table.read_text(encoding="utf-8"))

@@ -1,0 +1,148 @@
+"""`tcsp train`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..compression import removed_fraction
+from ..data.sources import load_data
+from ..errors import TCSPError
+from ..files import check_output_folder, new_folder
+from ..loading import load_model, load_tokenizer
+from ..tasks import TASKS, find_task, score
+from ..train.distil import run_training, task_trainer
+from ..train.finetune import Schedule, choose_rows
+from ..train.models import resolve_name
+from .common import JsonOption, OverwriteOption, QuietOption, print_json, print_table, progress_of
+from .finetune import (
+    BatchSizeOption,
+    Bf16Option,
+    DataFolderOption,
+    EpochsOption,
+    EvalSamplesOption,
+    EvalSplitOption,
+    LearningRateOption,
+    MaxLengthOption,
+    SeedOption,
+    TrainSamplesOption,
+    TrainSplitOption,
+    bars_hidden,
+    first_rows,
+    score_rows,
+)
+
+
+def train_command(
+    model: Annotated[str, typer.Option(help="The dense model: fine-tuned on the task, or an embedding model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the compressed model.")],
+    task: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(TASKS)}; without it, --data is unlabelled text.")
+    ] = None,
+    remove: Annotated[
+        float | None, typer.Option(help="Fraction of the parameters (embeddings apart) to remove.")
+    ] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="Width of the stream, instead of --remove.")] = None,
+    axes: Annotated[str, typer.Option(help="What --remove may cut: some of hidden,filters,heads.")] = "hidden",
+    calibration_samples: Annotated[int, typer.Option(help="Training sequences to calibrate on.", min=1)] = 2000,
+    distillation: Annotated[
+        float, typer.Option(help="Weight of the dense model in the loss; labels get the rest.")
+    ] = 0.9,
+    temperature: Annotated[float, typer.Option(help="Divides the logits that are compared.")] = 2.0,
+    hidden_weight: Annotated[float, typer.Option(help="Weight of the hidden states beside the logits.")] = 1.0,
+    data: DataFolderOption = None,
+    train_split: TrainSplitOption = "train",
+    eval_split: EvalSplitOption = None,
+    epochs: EpochsOption = 3.0,
+    lr: LearningRateOption = 2e-4,
+    batch_size: BatchSizeOption = 32,
+    max_length: MaxLengthOption = None,
+    train_samples: TrainSamplesOption = None,
+    eval_samples: EvalSamplesOption = None,
+    seed: SeedOption = 0,
+    bf16: Bf16Option = False,
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="Keep a checkpoint of every epoch here; a run that was stopped goes on from it.")
+    ] = None,
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Calibrate, compress and fine-tune with the dense model as teacher. The last weights are kept.
+
+    Example: tcsp train --model bert-mrpc/ --task mrpc --remove 0.6 --axes hidden,filters,heads -o small/
+    """
+    if (remove is None) == (hidden_size is None):
+        raise TCSPError("Give one of --remove and --hidden-size.")
+    if task is None and data is None:
+        raise TCSPError("Give --task, or --data with unlabelled text.")
+    chosen = None if task is None else find_task(task)
+    check_output_folder(output, overwrite)
+    schedule = Schedule(epochs, lr, batch_size, max_length, seed=seed, bf16=bf16)
+    bars = progress_of(quiet, as_json)
+    rows: Any = load_data(str(data), train_split) if chosen is None else chosen.load(train_split, data)
+    if isinstance(rows, list):
+        rows = rows[:train_samples]
+    rows = choose_rows(rows, train_samples, seed)
+    held_out = None if chosen is None else first_rows(chosen.load(eval_split, data), eval_samples)
+    name = resolve_name(model)
+    dense, tokenizer = load_model(name), load_tokenizer(name)
+    options: dict[str, Any] = {
+        "remove": remove,
+        "hidden_size": hidden_size,
+        "axes": None if remove is None else [axis.strip() for axis in axes.split(",")],
+        "calibration_samples": calibration_samples,
+        "distillation": distillation,
+        "temperature": temperature,
+        "hidden_weight": hidden_weight,
+    }
+    with new_folder(output, overwrite) as staging:
+        folder = staging / "trainer" if checkpoints is None else checkpoints
+        saving: dict[str, Any] = {} if checkpoints is None else {"save_strategy": "epoch", "save_total_limit": 2}
+        trainer = task_trainer(
+            dense,
+            tokenizer,
+            chosen,
+            rows,
+            schedule,
+            folder,
+            quiet=bars_hidden(quiet, as_json),
+            **options,
+            **saving,
+        )
+        small, took = run_training(trainer, resume=checkpoints is not None)
+        if checkpoints is None and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        small.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        scores: dict[str, dict[str, float]] = {}
+        if chosen is not None and held_out is not None:
+            for label, found in (("dense", dense), ("compressed", small)):
+                scores[label] = score(found, tokenizer, chosen, held_out, max_length=max_length, progress=bars)
+        summary: dict[str, Any] = {
+            "model": model,
+            "task": task,
+            "data": data,
+            "train_split": train_split,
+            "train_rows": len(rows),
+            "eval_split": None if chosen is None else eval_split or chosen.splits[0],
+            "removed": removed_fraction(dense, small),
+            **options,
+            **asdict(schedule),
+            "scores": scores,
+            "seconds": round(took.seconds, 1),
+            "steps": took.steps,
+            "train_loss": took.loss,
+        }
+        (staging / "results.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        print_json({"output": str(output), **summary})
+        return
+    table = []
+    if chosen is not None:
+        pairs = zip(score_rows(chosen, scores["dense"]), score_rows(chosen, scores["compressed"]), strict=True)
+        table = [[name, before, after] for (name, before), (_, after) in pairs]
+    note = f"{len(rows):,} training rows, {took.steps:,} steps, {took.seconds:.0f} s"
+    print_table(f"{model}: {summary['removed']:.1%} removed -> {output}", ["", "dense", "compressed"], table, note)

@@ -1,0 +1,101 @@
+"""Calibrate, compress and fine-tune with distillation, on a task or on plain text."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import DataCollatorWithPadding, PreTrainedModel
+
+from ..calibration import Calibration
+from ..calibration.inputs import TEXT_COLUMNS
+from ..errors import TCSPError
+from ..tasks.features import make_collator, make_features
+from ..tasks.table import TEXT, Task, form_of
+from .arguments import TCSPSeq2SeqTrainingArguments, TCSPTrainingArguments
+from .finetune import Schedule, TrainingResult, quieten
+from .trainer import TCSPSeq2SeqTrainer, TCSPTrainer
+
+_TEXT_LENGTH = 128
+
+
+def text_features(data: Any, tokenizer: Any, max_length: int | None, columns: tuple[str, ...] | None = None) -> Any:
+    """Token ids of unlabelled text: a list of strings, or a dataset with text columns.
+
+    Raises:
+        TCSPError: no text column is found.
+    """
+    from datasets import Dataset
+
+    rows = Dataset.from_dict({"text": data}) if isinstance(data, list) else data
+    names = rows.column_names
+    chosen = columns or next((found for found in TEXT_COLUMNS if all(name in names for name in found)), None)
+    if chosen is None or any(name not in names for name in chosen):
+        raise TCSPError(f"No text column {chosen or ''} among {names}: name one or two.")
+    length = max_length or _TEXT_LENGTH
+    return rows.map(
+        lambda batch: tokenizer(*(batch[name] for name in chosen), truncation=True, max_length=length),
+        batched=True,
+        remove_columns=names,
+        desc="tokenise",
+    )
+
+
+def task_trainer(
+    dense: PreTrainedModel,
+    tokenizer: Any,
+    task: Task | None,
+    data: Any,
+    schedule: Schedule,
+    folder: Path,
+    *,
+    quiet: bool = False,
+    calibration: Calibration | None = None,
+    **options: Any,
+) -> TCSPTrainer | TCSPSeq2SeqTrainer:
+    """The trainer that compresses a dense model and trains the result with the dense one as teacher.
+
+    Args:
+        task: None for unlabelled text and any head (an embedding model).
+        data: rows of the task, or text (see `text_features`).
+        folder: for the Trainer's own files.
+        calibration: statistics from elsewhere.
+        options: of `TCSPTrainingArguments`: the budget, distillation, and where to save (`save_strategy`).
+
+    Raises:
+        TCSPError: see `TCSPTrainer`.
+    """
+    form = None if task is None else form_of(dense, task)
+    made = (TCSPSeq2SeqTrainer, TCSPSeq2SeqTrainingArguments) if form == TEXT else (TCSPTrainer, TCSPTrainingArguments)
+    arguments = made[1](**schedule.arguments(folder, quiet, **options))
+    if task is None or form is None:
+        features = text_features(data, tokenizer, schedule.max_length)
+        collator: Any = DataCollatorWithPadding(tokenizer)
+    else:
+        features = make_features(task, form, data, tokenizer, schedule.max_length or task.max_length)
+        collator = make_collator(form, tokenizer, dense)
+    trainer = made[0](
+        dense,
+        arguments,
+        train_dataset=features,
+        data_collator=collator,
+        processing_class=tokenizer,
+        calibration=calibration,
+    )
+    if quiet:
+        quieten(trainer)
+    return trainer
+
+
+def run_training(trainer: Any, resume: bool = False) -> tuple[Any, TrainingResult]:
+    """The compressed model with the last weights (no score selects them), and what it took.
+
+    Args:
+        resume: go on from the last complete checkpoint in the trainer's folder, if there is one.
+    """
+    started = time.perf_counter()
+    go_on = resume and any(Path(trainer.args.output_dir).glob("checkpoint-*/trainer_state.json"))
+    result = trainer.train(resume_from_checkpoint=go_on or None)
+    trainer.model.eval()
+    rows = len(trainer.train_dataset)
+    took = TrainingResult(time.perf_counter() - started, result.global_step, rows, result.training_loss)
+    return trainer.model, took

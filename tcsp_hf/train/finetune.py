@@ -1,0 +1,117 @@
+"""Fine-tunes a model on a task with transformers' Trainer, and keeps the last weights: no selection on any score."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from ..errors import TCSPError
+from ..tasks.features import make_collator, make_features
+from ..tasks.table import Task, form_of
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train: AdamW, linear decay to zero after a warm-up.
+
+    Attributes:
+        epochs: passes over the data, a fraction allowed.
+        learning_rate: the highest.
+        batch_size: sequences per step.
+        max_length: tokens of an input; the task's usual number when None.
+        warmup: fraction of the steps.
+        weight_decay: of matrices.
+        seed: of the order, of dropout, and of the choice of rows.
+        bf16: bfloat16 autocast.
+    """
+
+    epochs: float = 3.0
+    learning_rate: float = 5e-5
+    batch_size: int = 32
+    max_length: int | None = None
+    warmup: float = 0.06
+    weight_decay: float = 0.01
+    seed: int = 0
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.epochs > 0:
+            raise TCSPError(f"epochs is {self.epochs!r}; it must be above 0.")
+        if not self.learning_rate > 0:
+            raise TCSPError(f"learning_rate is {self.learning_rate!r}; it must be above 0.")
+        if self.batch_size < 1 or (self.max_length is not None and self.max_length < 8):
+            raise TCSPError(
+                f"batch_size is {self.batch_size} and max_length {self.max_length}; at least 1 and 8 are needed."
+            )
+
+    def arguments(self, output: Path, quiet: bool, **more: Any) -> dict[str, Any]:
+        """Keyword arguments for `TrainingArguments` and its subclasses."""
+        return {
+            "output_dir": str(output),
+            "num_train_epochs": self.epochs,
+            "learning_rate": self.learning_rate,
+            "per_device_train_batch_size": self.batch_size,
+            "warmup_steps": self.warmup,
+            "weight_decay": self.weight_decay,
+            "seed": self.seed,
+            "bf16": self.bf16,
+            "train_sampling_strategy": "group_by_length",  # little padding
+            "save_strategy": "no",
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "logging_steps": 50,
+            "disable_tqdm": quiet,
+            "report_to": "none",
+            **more,
+        }
+
+
+def choose_rows(data: Any, count: int | None, seed: int) -> Any:
+    """At most `count` rows, drawn without replacement."""
+    if count is None or count >= len(data):
+        return data
+    return data.shuffle(seed=seed).select(range(count))
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training took."""
+
+    seconds: float
+    steps: int
+    rows: int
+    loss: float
+
+
+def finetune(
+    model: PreTrainedModel, tokenizer: Any, task: Task, data: Any, schedule: Schedule, folder: Path, quiet: bool = False
+) -> TrainingResult:
+    """Fine-tune a model in place on rows of a task; `folder` is for the Trainer's own files.
+
+    Raises:
+        TCSPError: the model's head does not fit the task.
+    """
+    form = form_of(model, task)
+    features = make_features(task, form, data, tokenizer, schedule.max_length or task.max_length)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**schedule.arguments(folder, quiet)),
+        train_dataset=features,
+        data_collator=make_collator(form, tokenizer, model),
+        processing_class=tokenizer,
+    )
+    if quiet:
+        quieten(trainer)
+    started = time.perf_counter()
+    result = trainer.train()
+    model.eval()
+    return TrainingResult(time.perf_counter() - started, result.global_step, len(features), result.training_loss)
+
+
+def quieten(trainer: Trainer) -> None:
+    """Without a progress bar the Trainer prints its log instead: nothing at all."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,68 @@
+"""A model with the head that a task needs, from any checkpoint."""
+
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    set_seed,
+)
+
+from ..errors import TCSPError
+from ..loading import DEMO_MODEL, demo_model_path
+from ..tasks.table import CLASSIFICATION, SPANS, TEXT, Task
+
+
+def resolve_name(name: str) -> str:
+    """`"all-MiniLM-L6-v2"` means the copy that the `[demo]` extra carries, or the Hub's; other names stay."""
+    return demo_model_path() if name == DEMO_MODEL.split("/")[-1] else name
+
+
+def default_form(config: Any, task: Task) -> str:
+    """Encoder-decoders write text, encoders carry a head."""
+    return TEXT if getattr(config, "is_encoder_decoder", False) else task.form
+
+
+def load_for_task(name: str, task: Task, form: str | None = None, seed: int = 0) -> tuple[PreTrainedModel, str]:
+    """The model with the task's head, in float32, and how it answers.
+
+    A head that the checkpoint lacks starts at random weights drawn from `seed`.
+
+    Args:
+        form: `"classification"`, `"spans"` or `"text"`; None chooses by the architecture (see `default_form`).
+
+    Raises:
+        TCSPError: the checkpoint cannot be read, or cannot answer in this form.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+        chosen = form or default_form(config, task)
+        if chosen not in (task.form, TEXT):
+            raise TCSPError(f"form is {chosen!r}; {task.name!r} allows {task.form!r} and {TEXT!r}.")
+        if chosen == TEXT and not getattr(config, "is_encoder_decoder", False):
+            raise TCSPError(f"{name!r} is no encoder-decoder, so it cannot write text: take form {task.form!r}.")
+        set_seed(seed)
+        fields: dict[str, Any] = {}
+        if chosen == SPANS:
+            fields["num_labels"] = 2  # start and end; a checkpoint of another task may say otherwise
+        if chosen == CLASSIFICATION:
+            fields["num_labels"] = max(1, len(task.labels))
+            if task.labels:
+                fields["id2label"] = dict(enumerate(task.labels))
+                fields["label2id"] = {label: i for i, label in enumerate(task.labels)}
+            else:
+                fields["problem_type"] = "regression"
+        loader: Any = {
+            CLASSIFICATION: AutoModelForSequenceClassification,
+            SPANS: AutoModelForQuestionAnswering,
+            TEXT: AutoModelForSeq2SeqLM,
+        }[chosen]
+        model = loader.from_pretrained(name, dtype="float32", ignore_mismatched_sizes=True, **fields)
+    except TCSPError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise TCSPError(f"The model {name!r} cannot be loaded: {error}") from error
+    return model, chosen

@@ -1,0 +1,310 @@
+"""The paper's experiment, row by row: a configuration file says model, task, how much is removed, and the mode.
+
+Every row writes one result file, whole or not at all, and is skipped once that is there; dense models and statistics
+are made once and shared by the rows that need the same.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..calibration import Calibration
+from ..compression import removed_fraction
+from ..errors import TCSPError
+from ..files import new_folder
+from ..loading import load_model, load_tokenizer
+from ..tasks import Task, find_task, score
+from .distil import run_training, task_trainer
+from .finetune import Schedule, choose_rows, finetune
+from .models import load_for_task, resolve_name
+
+MODES = ("retraining-free", "fine-tuned", "distilled")
+_LABELS = {"model", "task", "remove", "mode"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        name: of its file.
+        model: folder or Hub name; fine-tuned on the task first unless `ready`.
+        task: see `tasks.TASKS`.
+        remove: fraction of the non-embedding parameters to remove.
+        mode: `"retraining-free"` (no label, no training), `"fine-tuned"` (labels alone) or `"distilled"`.
+        axes: what may be cut.
+        ready: the model is fine-tuned on the task already.
+        dense_epochs, dense_lr: of the dense model's fine-tuning.
+        epochs, lr: of the compressed model's; as many epochs as the dense one had when None.
+        batch_size, max_length, seed, bf16: of both.
+        calibration_samples, train_samples, eval_samples: caps; None takes all.
+        train_split, eval_split, form: None takes the task's own.
+    """
+
+    name: str
+    model: str
+    task: str
+    remove: float
+    mode: str
+    axes: tuple[str, ...] = ("hidden",)
+    ready: bool = False
+    dense_epochs: float = 3.0
+    dense_lr: float = 5e-5
+    epochs: float | None = None
+    lr: float = 2e-4
+    batch_size: int = 32
+    max_length: int | None = None
+    seed: int = 0
+    bf16: bool = False
+    calibration_samples: int = 2000
+    train_samples: int | None = None
+    eval_samples: int | None = None
+    train_split: str = "train"
+    eval_split: str | None = None
+    form: str | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> "Row":
+        """A row from a TOML file.
+
+        Raises:
+            TCSPError: the file is damaged, lacks a field, or holds an unknown or impossible one.
+        """
+        try:
+            found = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise TCSPError(f"{path} cannot be read: {error}") from error
+        known = {field.name for field in dataclasses.fields(cls)} - {"name"}
+        for name in found:
+            if name not in known:
+                raise TCSPError(f"{path} has the unknown field {name!r}; allowed: {', '.join(sorted(known))}.")
+        for name in sorted(_LABELS - set(found)):
+            raise TCSPError(f"{path} lacks the field {name!r}.")
+        if "axes" in found:
+            found["axes"] = tuple(found["axes"])
+        row = cls(name=path.stem, **found)
+        find_task(row.task)
+        if row.mode not in MODES:
+            raise TCSPError(f"{path}: mode is {row.mode!r}; allowed: {', '.join(MODES)}.")
+        if not isinstance(row.remove, float) or not 0.0 < row.remove < 1.0:
+            raise TCSPError(f"{path}: remove is {row.remove!r}; it must be a fraction between 0 and 1.")
+        row.schedule()
+        return row
+
+    def schedule(self, dense: bool = False) -> Schedule:
+        """How the dense, or the compressed model is trained."""
+        epochs = self.dense_epochs if dense or self.epochs is None else self.epochs
+        rate = self.dense_lr if dense else self.lr
+        return Schedule(epochs, rate, self.batch_size, self.max_length, seed=self.seed, bf16=self.bf16)
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON has them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def key(self, *names: str) -> str:
+        """Hash of some fields: what rows that agree on them may share."""
+        text = json.dumps([self.fields()[name] for name in names])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def dense_key(self) -> str:
+        own = () if self.ready else ("dense_epochs", "dense_lr", "batch_size", "bf16", "train_samples", "form")
+        scored = ("max_length", "eval_samples", "eval_split")
+        return self.key("model", "task", "seed", "ready", "train_split", *scored, *own)
+
+    @property
+    def stats_key(self) -> str:
+        return f"{self.dense_key}-{self.key('calibration_samples', 'train_samples')}"
+
+
+def read_rows(source: Path) -> list[Row]:
+    """Rows of a TOML file, or of all of a folder's, by name.
+
+    Raises:
+        TCSPError: none are there, or one is not valid.
+    """
+    paths = [source] if source.is_file() else sorted(source.glob("*.toml"))
+    if not paths:
+        raise TCSPError(f"{source} holds no rows: name a .toml file or a folder of them.")
+    return [Row.read(path) for path in paths]
+
+
+def write_grid(folder: Path, models: Iterable[str], tasks: Iterable[str], removes: Iterable[float]) -> list[Path]:
+    """A configuration file for every model, task, fraction and mode; existing files stay as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for model in models:
+        for task in tasks:
+            find_task(task)
+            for remove in removes:
+                for mode in MODES:
+                    short = model.rstrip("/").split("/")[-1]
+                    path = folder / f"{short}-{task}-{round(100 * remove)}-{mode}.toml"
+                    lines = [
+                        f"model = {json.dumps(model)}",
+                        f'task = "{task}"',
+                        f"remove = {remove}",
+                        f'mode = "{mode}"',
+                    ]
+                    if not path.exists():
+                        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+                        written.append(path)
+    return written
+
+
+def run_row(row: Row, results: Path, quiet: bool = True, progress: bool | None = False) -> dict[str, Any]:
+    """A row's result, from its file where the row has run before.
+
+    Raises:
+        TCSPError: the file there is of a row with other fields.
+    """
+    path = results / f"{row.name}.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["row"] != row.fields():
+            raise TCSPError(
+                f"{path} is the result of other settings: rename the row, or remove the file to run it again."
+            )
+        return found
+    task = find_task(row.task)
+    data = choose_rows(task.load(row.train_split), row.train_samples, row.seed)
+    held_out = task.load(row.eval_split)
+    held_out = held_out.select(range(min(row.eval_samples or len(held_out), len(held_out))))
+    folder, dense_scores = _dense(row, task, data, held_out, results, quiet, progress)
+    dense, tokenizer = load_model(folder), load_tokenizer(folder)
+    stats_folder = results / "statistics" / row.stats_key
+    work = results / "work" / row.name
+    trained = row.mode != "retraining-free"
+    trainer = task_trainer(
+        dense,
+        tokenizer,
+        task,
+        data,
+        row.schedule(),
+        work,
+        quiet=quiet,
+        calibration=Calibration.load(stats_folder) if stats_folder.is_dir() else None,
+        remove=row.remove,
+        axes=list(row.axes),
+        calibration_samples=row.calibration_samples,
+        **({"distillation": 0.0} if row.mode == "fine-tuned" else {}),
+        **({"save_strategy": "epoch", "save_total_limit": 1} if trained else {}),
+    )
+    started = time.perf_counter()
+    took = None
+    if trained:
+        small, took = run_training(trainer, resume=True)
+    else:
+        small = trainer.compress()
+    seconds = time.perf_counter() - started
+    if trainer.calibration is not None and not stats_folder.is_dir():
+        trainer.calibration.save(stats_folder)
+    result = {
+        "row": row.fields(),
+        "removed": removed_fraction(dense, small),
+        "dense": dense_scores,
+        "scores": score(small, tokenizer, task, held_out, max_length=row.max_length, progress=progress),
+        "headline": task.headline,
+        "eval_rows": len(held_out),
+        "seconds": round(seconds, 1),
+        "steps": 0 if took is None else took.steps,
+    }
+    _write(path, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _dense(
+    row: Row, task: Task, data: Any, held_out: Any, results: Path, quiet: bool, progress: bool | None
+) -> tuple[str, dict[str, float]]:
+    """The dense fine-tuned model's folder (or name) and its scores; both are kept for other rows."""
+    kept = results / "dense" / row.dense_key
+    if not kept.is_dir():
+        with new_folder(kept) as staging:
+            name = resolve_name(row.model)
+            tokenizer = load_tokenizer(name)
+            if row.ready:
+                model = load_model(name)
+            else:
+                model, _ = load_for_task(name, task, row.form, row.seed)
+                finetune(model, tokenizer, task, data, row.schedule(dense=True), staging / "trainer", quiet)
+                model.save_pretrained(staging)
+                tokenizer.save_pretrained(staging)
+            scores = score(model, tokenizer, task, held_out, max_length=row.max_length, progress=progress)
+            (staging / "scores.json").write_text(json.dumps(scores) + "\n", encoding="utf-8")
+    scores = json.loads((kept / "scores.json").read_text(encoding="utf-8"))
+    return (resolve_name(row.model) if row.ready else str(kept)), scores
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def references() -> dict[str, Any]:
+    """Published figures of other work, with their sources."""
+    return json.loads(files("tcsp_hf.data").joinpath("references.json").read_text(encoding="utf-8"))
+
+
+def report(results: list[dict[str, Any]], folder: Path) -> Path:
+    """Write `results.json` and `README.md`: our rows, and the published figures below them, marked as theirs."""
+    _write(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    lines = [
+        "| model | task | metric | removed | mode | dense | compressed | change | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        row, name = result["row"], result["headline"]
+        percent = 1.0 if find_task(row["task"]).is_qa else 100.0
+        before, after = percent * result["dense"][name], percent * result["scores"][name]
+        lines.append(
+            f"| {row['model']} | {row['task']} | {name} | {result['removed']:.1%} | {row['mode']} | {before:.2f} | "
+            f"{after:.2f} | {after - before:+.2f} | {result['seconds']:.0f} |"
+        )
+    published = references()
+    lines += [
+        "",
+        published["note"],
+        "",
+        "| published | model | task | removed | result | source |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in published["rows"]:
+        removed = f"{entry['removed']:.1%}" if "removed" in entry else "-"
+        lines.append(
+            f"| {entry['method']} | {entry['model']} | {entry['task']} | {removed} | {entry['result']} | "
+            f"{entry['source']} |"
+        )
+    _write(folder / "README.md", "\n".join(lines) + "\n")
+    return folder / "README.md"
+
+
+def picture(results: list[dict[str, Any]], path: Path) -> None:
+    """Score kept against fraction removed, a line for every model, task and mode; needs matplotlib."""
+    from ..plots import require_matplotlib
+
+    pyplot = require_matplotlib()
+    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    lines: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for result in results:
+        row, name = result["row"], result["headline"]
+        if result["dense"][name]:
+            point = (100 * result["removed"], 100 * result["scores"][name] / result["dense"][name])
+            lines.setdefault((row["model"].rstrip("/").split("/")[-1], row["task"], row["mode"]), []).append(point)
+    for label, points in lines.items():
+        axis.plot(*zip(*sorted(points), strict=True), "o-", label=", ".join(label))
+    axis.axhline(100, color="black", linewidth=1)
+    axis.set_xlabel("removed, in % of the non-embedding parameters")
+    axis.set_ylabel("score, in % of the dense model's")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,22 @@
+"""Batches of like length whose order depends on the seed and the epoch alone, so that a resumed run repeats it."""
+
+from collections.abc import Iterator
+
+import torch
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+
+class EpochLengthSampler(LengthGroupedSampler):
+    """transformers' sampler, seeded anew for every epoch."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()

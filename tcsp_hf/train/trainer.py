@@ -1,0 +1,398 @@
+"""`TCSPTrainer` and `TCSPSeq2SeqTrainer`: calibrate, compress, fine-tune, as one `train()`.
+
+The dense model is replaced before transformers' own `train()` begins, since its optimizer is made there. Resuming
+builds the compressed model from the checkpoint's configuration and never calibrates again.
+"""
+
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, enable_full_determinism, set_seed
+
+from ..architectures import family_of
+from ..calibration import Calibration, calibrate
+from ..calibration.fingerprint import model_fingerprint
+from ..compression import compress, removed_fraction
+from ..errors import TCSPError
+from ..loading import load_model
+from .arguments import TCSPTrainingArguments
+from .checkpoint import Record, check_resumable, checkpoint_to_resume, load_targets, save_targets
+from .distillation import Distiller
+from .ranks import on_every_rank, on_first_rank, rank_and_size
+from .sampler import EpochLengthSampler
+from .sites import Batch, SiteSums, SiteTargets
+
+logger = logging.getLogger("tcsp_hf")
+_INPUTS = ("input_ids", "inputs_embeds")
+_ROW_NAMES = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "labels")
+
+
+def _plain(model: Any) -> Any:
+    """The model inside PEFT's wrapper, if there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_compressed(model: Any) -> bool:
+    return str(getattr(_plain(model).config, "model_type", "")).startswith("tcsp_")
+
+
+class _CompressingTrainer(Trainer):
+    """What both trainers add to transformers'."""
+
+    args: TCSPTrainingArguments
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        *more: Any,
+        teacher: PreTrainedModel | None = None,
+        calibration: Calibration | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As transformers' trainer.
+
+        Args:
+            model: dense (it is compressed when training starts) or compressed (it is fine-tuned).
+            args: `TCSPTrainingArguments`, or the sequence-to-sequence ones.
+            teacher: the dense model to learn from; `model` itself where that is dense.
+            calibration: statistics of `model` from elsewhere; collected on the training data when None.
+
+        Raises:
+            TCSPError: other arguments than ours, a dense model without a budget or one that cannot be compressed, an
+                optimizer of a dense model, or evaluation asked for without data.
+        """
+        if not isinstance(args, TCSPTrainingArguments):
+            raise TCSPError(f"args is a {type(args).__name__}; it must be TCSPTrainingArguments.")
+        if args.eval_strategy != "no" and _argument("eval_dataset", 2, more, kwargs) is None:
+            raise TCSPError(f"eval_strategy is {str(args.eval_strategy)!r}, but there is no eval_dataset: give one.")
+        self.teacher = teacher
+        self.calibration = calibration
+        self._distiller: Distiller | None = None
+        self._record: Record | None = None
+        self._checkpoint: Path | None = None
+        self._starting = False
+        super().__init__(model, args, *more, **kwargs)
+        if not is_compressed(self.model):
+            family_of(_plain(self.model))
+            if args.remove is None and args.hidden_size is None and self.model_init is None:
+                raise TCSPError("The model is dense, so a budget is needed: give remove= or hidden_size=.")
+            if self.optimizer is not None:
+                raise TCSPError(
+                    "An optimizer of the dense model was given, but training makes a new, compressed model: give "
+                    "optimizer_cls_and_kwargs instead."
+                )
+        if teacher is not None and is_compressed(teacher):
+            raise TCSPError("teacher is a compressed model; it must be the dense one.")
+        if args.n_gpu > 1 and args.distillation and args.hidden_weight:
+            raise TCSPError("Hidden states cannot be compared under DataParallel: start with torchrun or accelerate.")
+        if _reentrant(args) and args.distillation and args.hidden_weight:
+            raise TCSPError(
+                "use_reentrant=True was given, under which hidden states carry no gradient: take use_reentrant=False "
+                "in the checkpointing arguments, or hidden_weight=0."
+            )
+
+    # Training -------------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As transformers' `train`; a dense model is calibrated on the training data and compressed first.
+
+        Raises:
+            TCSPError: no usable training data, no labels and no teacher, or a checkpoint that is dense, of another
+                model or of another budget. Nothing was trained then.
+        """
+        if trial is not None:
+            self._hp_search_setup(trial)  # a search may be over the budget
+        self._checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
+        self._check_data()
+        self._starting = True
+        try:
+            if self.model_init is None:
+                self._take(self._start(self.model))
+            return super().train(
+                None if self._checkpoint is None else str(self._checkpoint), trial, ignore_keys_for_eval
+            )
+        finally:
+            self._starting = False
+
+    def compress(self) -> Any:
+        """Calibrate and compress the dense model without training; `train()` afterwards only trains.
+
+        Raises:
+            TCSPError: no usable data, or the budget cannot be met.
+        """
+        if is_compressed(self.model):
+            raise TCSPError("The model is compressed already.")
+        self._check_data()
+        self.teacher = self.teacher if self.teacher is not None else _plain(self.model)
+        self._take(self._compressed(self.model))
+        return _plain(self.model).eval()
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As transformers'; when a training starts, the new model is compressed."""
+        model = super().call_model_init(trial)
+        return self._start(model) if self._starting else model
+
+    def _start(self, model: Any) -> Any:
+        """The model to train: `model` itself where that is compressed, otherwise a compressed one."""
+        if is_compressed(model):
+            budget = self.args.remove is not None or self.args.hidden_size is not None
+            if budget and self._record is None:
+                logger.warning("The model is compressed already: remove and hidden_size have no effect.")
+            small, teacher = model, self.teacher
+        else:
+            teacher = self.teacher if self.teacher is not None else model
+            small = self._compressed(model)
+            if self.model_init is None:
+                self.teacher = teacher  # a second call of train() goes on learning from it
+        self._prepare_distiller(small, teacher)
+        # every run goes on from the same random state, whether it calibrated or resumed
+        (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
+        return small
+
+    def _take(self, model: Any) -> None:
+        """Put another model in the place of the one that the trainer was made with."""
+        if model is self.model:
+            return
+        if self.place_model_on_device:
+            self._move_model_to_device(model, self.args.device)
+        model.config.use_cache = self.args.use_cache
+        self.model = self.model_wrapped = self.callback_handler.model = model
+        self._signature_columns = None
+
+    # Compression ----------------------------------------------------------------------------------------------------
+
+    def _compressed(self, dense: Any) -> Any:
+        budget = self.args.budget
+        if self.args.remove is None and self.args.hidden_size is None:
+            raise TCSPError("The model is dense, so a budget is needed: give remove= or hidden_size=.")
+        fingerprint = model_fingerprint(dense)
+        if self._checkpoint is not None:
+            check_resumable(self._checkpoint, budget, fingerprint)
+            self._record = Record(budget, fingerprint)
+            return load_model(str(self._checkpoint), "auto", str(self.args.device))
+        if self.place_model_on_device:
+            self._move_model_to_device(dense, self.args.device)
+        stats = self._statistics(dense, fingerprint)
+        progress = False if self.args.disable_tqdm else None
+
+        def make() -> PreTrainedModel:
+            assert stats is not None  # the first rank holds them
+            small = compress(
+                dense,
+                stats,
+                remove=self.args.remove,
+                hidden_size=self.args.hidden_size,
+                axes=self.args.axes,
+                progress=progress,
+            )
+            return small.cpu() if rank_and_size()[1] > 1 else small
+
+        small = on_first_rank(make)
+        if self.place_model_on_device:
+            self._move_model_to_device(small, self.args.device)
+        self._record = Record(budget, fingerprint)
+        logger.info("Compressed: %.1f %% of the parameters removed.", 100 * removed_fraction(dense, small))
+        return small
+
+    def _statistics(self, dense: Any, fingerprint: str) -> Calibration | None:
+        """Statistics of the dense model on the training data; None on ranks other than the first."""
+        found = self.calibration
+        if found is not None and found.model_fingerprint == fingerprint:
+            return found
+
+        def shard() -> Calibration | None:
+            rows = self._calibration_rows()
+            if not rows:
+                return None  # fewer sequences than ranks
+            flat = all(_is_flat(row) for row in rows)
+            data: Any = [{name: row[name] for name in _ROW_NAMES if name in row} for row in rows]
+            return calibrate(
+                dense,
+                data if flat else self._loader(rows),
+                tokenizer=self.processing_class,
+                pooling=self.args.pooling,
+                seed=self.args.seed,
+                progress=False if self.args.disable_tqdm or rank_and_size()[0] else None,
+            )
+
+        parts = [part for part in on_every_rank(shard) if part is not None]
+        self.calibration = Calibration.merge(parts) if len(parts) > 1 else parts[0] if parts else None
+        return self.calibration
+
+    def _calibration_rows(self) -> list[dict[str, Any]]:
+        """This rank's share of the sequences to calibrate on."""
+        rank, size = rank_and_size()
+        data: Any = self.train_dataset
+        if hasattr(data, "__len__"):
+            generator = torch.Generator().manual_seed(self.args.seed)
+            chosen = torch.randperm(len(data), generator=generator)[: self.args.calibration_samples].tolist()
+            return [dict(data[i]) for i in chosen[rank::size]]
+        return [dict(row) for row in itertools.islice(data, rank, self.args.calibration_samples, size)]
+
+    def _loader(self, rows: list[dict[str, Any]]) -> DataLoader[Any]:
+        rows = sorted(rows, key=lambda row: len(row["input_ids"]) if "input_ids" in row else 0)
+        return DataLoader(rows, batch_size=32, collate_fn=self._collator())  # type: ignore[arg-type]
+
+    def _collator(self) -> Any:
+        return self._get_collator_with_removed_columns(self.data_collator, description="calibration")
+
+    # Distillation ---------------------------------------------------------------------------------------------------
+
+    def _prepare_distiller(self, small: Any, teacher: Any) -> None:
+        self._distiller = None
+        if teacher is None or not self.args.distillation:
+            return
+        teacher = _plain(teacher)
+        family_of(teacher)
+        if self.args.place_model_on_device is not False:
+            teacher.to(self.args.device)
+        distiller = Distiller(
+            teacher=teacher,
+            targets=None,
+            temperature=self.args.temperature,
+            hidden_weight=self.args.hidden_weight,
+            pooling=self.args.pooling,
+            label_names=tuple(self.label_names),
+        )
+        if self.args.hidden_weight:
+            targets = None if self._checkpoint is None else load_targets(self._checkpoint)
+            if targets is None:
+                sums = on_every_rank(lambda: self._site_sums(distiller, _plain(small)))
+                targets = on_first_rank(lambda: SiteTargets.solve(sums))
+            distiller.targets = targets.to(self.args.device)
+        self._distiller = distiller
+        self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch
+
+    def _site_sums(self, distiller: Distiller, small: Any) -> SiteSums:
+        rows = self._calibration_rows()
+
+        def batches() -> Iterator[Batch]:
+            # in the order that they were drawn: sorted by length, the first ones would be short
+            for start in range(0, len(rows), 32):
+                batch = self._prepare_inputs(self._collator()(rows[start : start + 32]))
+                yield distiller.without_labels(distiller.complete(batch))
+
+        return SiteSums.collect(distiller.teacher, small.to(self.args.device), batches())
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Of the labels and the dense model together while training; as transformers' otherwise."""
+        distiller = self._distiller
+        if distiller is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        share = self.args.distillation
+        small = _plain(self.accelerator.unwrap_model(model))
+        labelled = any(inputs.get(name) is not None for name in self.label_names)
+        inputs = distiller.complete(inputs)
+        with distiller.recording(small) as carried:
+            if labelled and share < 1.0:
+                loss, outputs = super().compute_loss(model, dict(inputs), True)
+            else:
+                loss, outputs = None, model(**distiller.without_labels(inputs))
+        learnt = distiller.loss(small, inputs, outputs, carried)
+        loss = learnt if loss is None else (1.0 - share) * loss + share * learnt
+        return (loss, outputs) if return_outputs else loss
+
+    # Data and checkpoints -------------------------------------------------------------------------------------------
+
+    def _check_data(self) -> None:
+        """Refuse data that could not be trained on, before any work.
+
+        Raises:
+            TCSPError: no data, columns that the model cannot read, or neither labels nor a teacher.
+        """
+        if self.train_dataset is None:
+            raise TCSPError("There is no train_dataset: give one.")
+        batch = self._first_batch("train_dataset", self.train_dataset)
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for name, data in evaluated.items():
+            if data is not None and self.args.eval_strategy != "no":
+                self._first_batch(f"eval_dataset {name}".strip(), data)
+        labelled = any(batch.get(name) is not None for name in self.label_names)
+        taught = self.args.distillation > 0 and (self.teacher is not None or not is_compressed(self.model))
+        if not labelled and not taught:
+            raise TCSPError(
+                f"train_dataset has no labels ({', '.join(self.label_names) or 'the model takes none'}), and there is "
+                "no dense model to learn from: give labels, or teacher= and distillation above 0."
+            )
+
+    def _first_batch(self, where: str, data: Any) -> Mapping[str, Any]:
+        row = next(iter(data), None)
+        if row is None:
+            raise TCSPError(f"{where} is empty.")
+        try:
+            batch = self._collator()([row])
+        except Exception as error:
+            if isinstance(row, Mapping) and any(name in row for name in _INPUTS):
+                raise
+            raise self._no_inputs(where, row) from error
+        if not any(name in batch for name in _INPUTS):
+            raise self._no_inputs(where, row)
+        return batch
+
+    @staticmethod
+    def _no_inputs(where: str, row: Any) -> TCSPError:
+        found = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__
+        return TCSPError(
+            f"{where} gives no input_ids to the model; its columns: {found}. Tokenise it first, or give a "
+            "data_collator that does (with remove_unused_columns=False)."
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler: Any = super()._get_train_sampler(train_dataset)
+        if self.args.train_sampling_strategy != "group_by_length" or sampler is None:
+            return sampler
+        return EpochLengthSampler(sampler.batch_size, lengths=sampler.lengths, seed=self._data_seed)
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if not self.args.should_save:
+            return
+        if self._record is not None:
+            self._record.save(Path(output_dir))
+        if self._distiller is not None and self._distiller.targets is not None:
+            save_targets(Path(output_dir), self._distiller.targets)
+
+
+def _argument(name: str, position: int, more: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An argument of transformers' trainer that may have been given by position (after model and args)."""
+    return kwargs.get(name, more[position] if len(more) > position else None)
+
+
+def _reentrant(args: TCSPTrainingArguments) -> bool:
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # the new name, and the old one
+    return any(bool((getattr(args, name, None) or {}).get("use_reentrant")) for name in names)
+
+
+def _is_flat(row: dict[str, Any]) -> bool:
+    ids = row.get("input_ids")
+    return ids is not None and len(ids) > 0 and not hasattr(ids[0], "__len__") and getattr(ids, "ndim", 1) == 1
+
+
+class TCSPTrainer(_CompressingTrainer):
+    """transformers' `Trainer` for compressed models.
+
+    Given a dense model, `train()` calibrates it on the training data, compresses it to the budget of the arguments,
+    and fine-tunes the result (`trainer.model`) with the dense model as teacher; given a compressed model it fine-tunes
+    only. Everything else is `Trainer`'s.
+    """
+
+
+class TCSPSeq2SeqTrainer(_CompressingTrainer, Seq2SeqTrainer):
+    """`TCSPTrainer` over transformers' `Seq2SeqTrainer`, for models that write text."""
