@@ -9,10 +9,12 @@ from ..errors import TCSPError
 from ..version import __version__
 from .bench import bench_app
 from .calibrate import calibrate_command
+from .card import card_command
 from .common import hide_library_bars
 from .compress import compress_command
 from .demo import demo_command
 from .inspect import inspect_command
+from .push import push_command
 
 app = typer.Typer(
     name="tcsp",
@@ -29,6 +31,8 @@ app.command("demo")(demo_command)
 app.command("calibrate")(calibrate_command)
 app.command("compress")(compress_command)
 app.command("inspect")(inspect_command)
+app.command("card")(card_command)
+app.command("push")(push_command)
 app.add_typer(bench_app, name="bench")
 
 
