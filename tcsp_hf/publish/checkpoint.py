@@ -85,9 +85,7 @@ def _model_class(path: Path, config: TCSPConfig) -> Any:
     known = [name for name in getattr(module, "__all__", []) if not name.endswith("PreTrainedModel")]
     if len(names) != 1 or names[0] not in known:
         allowed = ", ".join(known)
-        raise TCSPError(
-            f"{path / 'config.json'} has architectures={names!r}; allowed: one of {allowed}: {_SAVE_AGAIN}."
-        )
+        raise TCSPError(f"{path / 'config.json'} has architectures={names!r}; allowed: {allowed}; {_SAVE_AGAIN}.")
     return getattr(module, names[0])
 
 

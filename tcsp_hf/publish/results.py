@@ -46,6 +46,11 @@ class Latency:
     dense_ms: float
     small_ms: float
 
+    def __post_init__(self) -> None:
+        for name in ("batch", "length", "dense_ms", "small_ms"):
+            if not getattr(self, name) > 0:
+                raise TCSPError(f"latency: {name} is {getattr(self, name)!r}; it must be above 0.")
+
 
 @dataclass(frozen=True)
 class CardResults:
