@@ -126,9 +126,10 @@ def push(
         parent, remote = _look(api, full_name, revision)
         if not overwrite:
             _refuse_foreign(api, full_name, revision, checkpoint, remote)
-        api.create_repo(full_name, private=private, exist_ok=True)
-        if revision is not None and not revision.startswith("refs/pr") and parent is None:
-            api.create_branch(full_name, branch=revision, exist_ok=True)
+        if parent is None:
+            api.create_repo(full_name, private=private, exist_ok=True)
+            if revision is not None and not revision.startswith("refs/pr"):
+                api.create_branch(full_name, branch=revision, exist_ok=True)
         commit = api.create_commit(
             full_name,
             [*additions, *_deletions(remote, plan, overwrite)],

@@ -21,7 +21,8 @@ _LIFT = "hidden = model.lift(model({}).last_hidden_state)  # back in the dense m
 _RUN = {
     "Model": _LIFT.format("**inputs"),
     "EncoderModel": _LIFT.format("**inputs"),
-    "ForConditionalGeneration": "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))",
+    "ForConditionalGeneration": "tokens = model.generate(**inputs, max_new_tokens=40)\n"
+    "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
     "ForQuestionAnswering": "outputs = model(**inputs)  # start_logits and end_logits",
     "ForPreTraining": "outputs = model(**inputs)  # prediction_logits and seq_relationship_logits",
 }
