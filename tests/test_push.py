@@ -97,6 +97,7 @@ class Pushed:
         add("whole", self.bert, "me/sharded")
         add("command", self.bert, "me/command", how="tcsp", words=["--private", "--json", "--token", hub.token])
         add("foreign", self.bert, "me/foreign")
+        add("foreign by a new branch", self.bert, "me/foreign", revision="new")
         add("foreign from a model", self.bert, "me/foreign", how="model", auto=auto)
         add("other source", self.bert, "me/other-source")
         add("no model", self.bert, "me/no-model")
@@ -157,11 +158,10 @@ def test_visibility_messages_and_addresses(pushed: Pushed) -> None:
 
 def test_branches_and_pull_requests(pushed: Pushed) -> None:
     hub = pushed.hub
-    assert set(hub.repositories["me/branches"].refs) == {"main", "v1"}
+    assert set(hub.repositories["me/branches"].refs) == {"main", "v1", "v2"}
     assert set(hub.files("me/branches")) == {".gitattributes"}
     assert hub.files("me/branches", "v1")["model.safetensors"] == (pushed.t5 / "model.safetensors").read_bytes()
-    # "v2" would start from a main without a model: not foreign
-    assert "error" not in pushed.results["branch of another"] or "v2" not in hub.repositories["me/branches"].refs
+    assert hub.files("me/branches", "v2")["model.safetensors"] == (pushed.bert / "model.safetensors").read_bytes()
     assert pushed.results["pull request"]["url"] == f"{hub.url}/me/bert/discussions/1"
     weights = "model.safetensors"
     assert hub.files("me/bert")[weights] == (pushed.bert / weights).read_bytes()
@@ -174,7 +174,11 @@ def test_a_models_own_push_gives_the_same_files(pushed: Pushed) -> None:
         found = pushed.hub.files(name)
         assert set(found) == set(expected)
         differing = {path for path in expected if found[path] != expected[path]}
-        assert differing <= {"README.md", "config.json"}
+        assert differing <= {
+            "README.md",
+            "config.json",
+            "tokenizer_config.json",
+        }  # they say where they were loaded from
         configs = [json.loads(files["config.json"]) for files in (found, expected)]
         assert [config.pop("dtype", None) for config in configs] and configs[0] == configs[1]
         assert f'from_pretrained("{name}"' in found["README.md"].decode()
@@ -191,7 +195,7 @@ def test_stale_shards_are_removed(pushed: Pushed) -> None:
 
 def test_another_model_is_not_overwritten(pushed: Pushed) -> None:
     hub = pushed.hub
-    for job in ("foreign", "foreign from a model"):
+    for job in ("foreign", "foreign by a new branch", "foreign from a model"):
         assert "holds a model of type 'bert', not 'tcsp_bert'" in pushed.error(job)
         assert "--overwrite" in pushed.error(job)
     assert "compressed from 'someone/else'" in pushed.error("other source")
@@ -297,7 +301,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_without_a_token(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tcsp_hf.publish.push.get_token", lambda: None)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(TCSPError, match="no Hugging Face token: run `hf auth login`"):
         push(folder, "me/small")
     with pytest.raises(TCSPError, match="token=False"):
