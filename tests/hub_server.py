@@ -156,6 +156,8 @@ _REV = r"(?P<rev>[^/]+)"
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1  # head and body in one packet
 
     ROUTES: tuple[tuple[str, str, str], ...] = (
         ("GET", r"/api/whoami-v2", "whoami"),
