@@ -2,17 +2,18 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import transformers
-from common import EOS, ONE_SOURCE_CASES, Case, find, make_dense, make_small, make_tokenizer, make_uneven
+from common import EOS, ONE_SOURCE_CASES, Case, calibrated, find, make_dense, make_small, make_tokenizer, make_uneven
 from huggingface_hub import ModelCard
 from test_cli import tcsp
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from tcsp_hf import TCSPError
+from tcsp_hf import TCSPError, compress
 from tcsp_hf.publish import CardResults, Evaluation, Latency, ModelCardCallback, render_card, write_card
 from tcsp_hf.publish.checkpoint import read_checkpoint
 from tcsp_hf.publish.results import RESULTS_FILE
@@ -276,10 +277,6 @@ def test_no_token_in_a_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_base_model_and_licence_from_the_dense_folder(tmp_path: Path) -> None:
-    from common import calibrated
-
-    from tcsp_hf import compress
-
     dense_folder = tmp_path / "dense"
     make_dense(CLASSIFIER).save_pretrained(dense_folder)
     (dense_folder / "README.md").write_text("---\nlicense: mit\n---\n")
@@ -349,6 +346,14 @@ def test_compress_writes_a_card_with_its_command(tmp_path: Path) -> None:
     tcsp("calibrate", dense, "--data", texts, "--seed", 5, "-o", tmp_path / "other", "--json")
     with pytest.raises(TCSPError, match="not those"):
         tcsp("card", small, "--stats", tmp_path / "other", "--overwrite")
+
+
+def test_a_missing_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calibrated(CLASSIFIER, make_dense(CLASSIFIER)).save(tmp_path / "stats")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(TCSPError, match=r"pip install 'tcsp_hf\[plots\]'"):
+        tcsp("card", folder, "--stats", tmp_path / "stats")
+    assert not (folder / "README.md").exists()
 
 
 def test_incomplete_checkpoints(folder: Path) -> None:

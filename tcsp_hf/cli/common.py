@@ -59,12 +59,14 @@ def command_line(context: typer.Context) -> str:
     """
     words, options = [], []
     for parameter in context.command.params:
-        value = context.params.get(parameter.name or "")
+        value, default = context.params.get(parameter.name or ""), parameter.get_default(context)
         if parameter.param_type_name == "argument":
             words.append(shown_path(str(value)))
-        elif value is True and not parameter.get_default(context):
-            options.append(parameter.opts[0])
-        elif value != parameter.get_default(context) and not isinstance(value, bool):
+        elif value == default or (value is False and default is None):
+            continue
+        elif isinstance(value, bool):
+            options.append((parameter.opts if value else parameter.secondary_opts)[0])
+        else:
             options += [parameter.opts[0], shown_path(str(value))]
     return shlex.join(["tcsp", context.info_name or "", *words, *options])
 
