@@ -2,10 +2,13 @@
 """What every compressed model has in common: checkpoints that load anywhere, and the way back to the dense space."""
 
 import os
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+
+_HUB_OPTIONS = ("repo_id", "private", "token", "revision", "create_pr", "commit_message", "tokenizer", "overwrite")
 
 
 class TCSPPreTrainedMixin:
@@ -18,6 +21,8 @@ class TCSPPreTrainedMixin:
     auto_map: ClassVar[dict[str, str]] = {}
     optional_weights: ClassVar[tuple[str, ...]] = ()
     """Prefixes of weights that a checkpoint may lack; transformers warns of them."""
+    publisher: ClassVar[Callable[..., str] | None] = None
+    """Set by the package: pushes checks and the model card along. None in the code beside a checkpoint."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -59,7 +64,27 @@ class TCSPPreTrainedMixin:
         """
         self.config.check()  # type: ignore[attr-defined]
         self.config.auto_map = dict(self.auto_map)  # type: ignore[attr-defined]
+        options: dict[str, Any] = {}
+        push = TCSPPreTrainedMixin.publisher is not None and kwargs.pop("push_to_hub", False)
+        if push:
+            options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+            options.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
         super().save_pretrained(save_directory, *args, **kwargs)
+        if push:
+            self.push_to_hub(**options)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """As `PreTrainedModel.push_to_hub`, with the checks and the model card of `tcsp_hf.publish.push`.
+
+        Takes `tokenizer=` and `overwrite=` as well. In the code beside a checkpoint it is transformers' own.
+
+        Raises:
+            ValueError: see `tcsp_hf.publish.push`; nothing was committed then.
+        """
+        publisher = TCSPPreTrainedMixin.publisher
+        if publisher is None:
+            return super().push_to_hub(repo_id, **kwargs)
+        return publisher(self, repo_id, **kwargs)
 
 
 class TCSPLift(nn.Module):

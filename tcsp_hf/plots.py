@@ -1,6 +1,7 @@
 """Pictures (extra `[plots]`: matplotlib)."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,43 @@ def pictures_possible() -> bool:
     return True
 
 
+def draw_spectra(axes: Any, stats: Calibration, widths: dict[str, int], sites: Sequence[str] | None = None) -> None:
+    """Energy that k directions leave out, one curve a site, the first site dark and the last light.
+
+    Args:
+        axes: matplotlib axes.
+        stats: whose spectra are drawn (PCA).
+        widths: site name -> kept width, marked on its curve; sites that are not there get no mark.
+        sites: which ones; all when None.
+    """
+    from matplotlib import colormaps  # whoever gives axes has matplotlib, and keeps its backend
+
+    names = list(stats.sites if sites is None else sites)
+    colours = colormaps["viridis"]
+    for i, name in enumerate(names):
+        values = spectrum("pca", stats.sites[name].second_moment, None, 1.0).values
+        lost = 1.0 - (values.cumsum(0) / values.sum()).numpy()
+        colour = colours(i / max(1, len(names) - 1))
+        axes.semilogy(range(1, len(values)), lost[:-1].clip(1e-9), color=colour, linewidth=1.2)
+        width = widths.get(name, len(values))
+        if width < len(values):
+            axes.plot([width], [max(lost[width - 1], 1e-9)], "o", color=colour, markersize=4)
+    axes.set_xlabel("directions kept")
+    axes.set_ylabel("energy left out")
+    axes.set_ylim(1e-5, 1)
+    axes.set_title("Spectrum of the hidden states, first site (dark) to last (light)")
+    axes.grid(alpha=0.3)
+
+
+def spectrum_picture(path: str | os.PathLike[str], stats: Calibration, widths: dict[str, int]) -> None:
+    """The picture of `draw_spectra` alone, as a .png, .svg or .pdf file."""
+    pyplot = require_matplotlib()
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
+    draw_spectra(axes, stats, widths)
+    figure.savefig(Path(path), dpi=130)
+    pyplot.close(figure)
+
+
 def demo_picture(
     path: str | os.PathLike[str],
     stats: Calibration,
@@ -44,27 +82,12 @@ def demo_picture(
 
     Args:
         path: a .png, .svg or .pdf file.
-        stats: whose spectra are drawn (PCA).
-        widths: site name -> kept width, marked on its curve.
+        stats, widths: see `draw_spectra`.
         comparison: label -> (dense, compressed) figures; bars show compressed / dense.
     """
     pyplot = require_matplotlib()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), width_ratios=(3, 2), layout="constrained")
-    names = list(stats.sites)
-    colours = pyplot.get_cmap("viridis")
-    for i, name in enumerate(names):
-        values = spectrum("pca", stats.sites[name].second_moment, None, 1.0).values
-        lost = 1.0 - (values.cumsum(0) / values.sum()).numpy()
-        colour = colours(i / max(1, len(names) - 1))
-        left.semilogy(range(1, len(values)), lost[:-1].clip(1e-9), color=colour, linewidth=1.2)
-        width = widths[name]
-        if width < len(values):
-            left.plot([width], [max(lost[width - 1], 1e-9)], "o", color=colour, markersize=4)
-    left.set_xlabel("directions kept")
-    left.set_ylabel("energy left out")
-    left.set_ylim(1e-5, 1)
-    left.set_title("Spectrum of the hidden states, first site (dark) to last (light)")
-    left.grid(alpha=0.3)
+    draw_spectra(left, stats, widths)
 
     labels = list(comparison)
     shares = [100 * small / dense if dense else 0.0 for dense, small in comparison.values()]

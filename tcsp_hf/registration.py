@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer
 from . import modeling_tcsp_bert, modeling_tcsp_t5
 from .configuration_tcsp_bert import TCSPBertConfig
 from .configuration_tcsp_t5 import TCSPT5Config
+from .modeling_tcsp import TCSPPreTrainedMixin
 
 FAMILIES: dict[Any, tuple[ModuleType, Any]] = {
     TCSPBertConfig: (modeling_tcsp_bert, modeling_tcsp_bert.TCSPBertPreTrainedModel),
@@ -17,8 +18,15 @@ FAMILIES: dict[Any, tuple[ModuleType, Any]] = {
 TOKENIZERS = {TCSPBertConfig: "BertTokenizer", TCSPT5Config: "T5Tokenizer"}
 
 
+def _push(model: Any, repo_id: str, **options: Any) -> str:
+    from .publish.push import push_model  # not needed to load or to save
+
+    return push_model(model, repo_id, **options)
+
+
 def register() -> None:
     """Idempotent: a second call changes nothing."""
+    TCSPPreTrainedMixin.publisher = _push
     for config_class, (module, base) in FAMILIES.items():
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         tokenizer = getattr(transformers, TOKENIZERS[config_class])

@@ -1,6 +1,7 @@
 """Run by test_save_load.py in a process where `tcsp_hf` cannot be imported: loads checkpoints with their own code.
 
-Reads a JSON file of jobs, one per checkpoint, and writes what it found beside it.
+Reads a JSON file of jobs, one per checkpoint, and writes what it found beside it. A job loads from its folder, or from
+the Hub's repository that it names.
 """
 
 import json
@@ -48,17 +49,24 @@ def differing(one, other):
 results = {}
 for name, job in json.loads(JOBS.read_text()).items():
     folder = Path(job["folder"])
+    source = {"pretrained_model_name_or_path": job.get("repo", folder), "trust_remote_code": True}
+    if "revision" in job:
+        source["revision"] = job["revision"]
     result = results[name] = {"classes": {}, "modules": [], "differing": {}, "shared": {}}
-    own = getattr(transformers, job["auto"]).from_pretrained(folder, trust_remote_code=True)
+    own = getattr(transformers, job["auto"]).from_pretrained(**source)
     result["own"] = type(own).__name__
     result["modules"].append(type(own).__module__)
     output = forward(own, folder)
-    result["config"] = type(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__
+    result["config"] = type(transformers.AutoConfig.from_pretrained(**source)).__name__
     for auto in job["others"]:
-        model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+        model = getattr(transformers, auto).from_pretrained(**source)
         result["classes"][auto] = type(model).__name__
         result["modules"].append(type(model).__module__)
         result["differing"][auto], result["shared"][auto] = differing(base_tensors(own), base_tensors(model))
+    if "pipeline" in job:
+        name = str(job.get("repo", folder))
+        pipe = transformers.pipeline(job["pipeline"], name, revision=job.get("revision"), trust_remote_code=True)
+        result["pipeline"] = pipe(job["text"])
     again = folder.with_name(folder.name + "-again")
     own.save_pretrained(again)
     result["files"] = sorted(path.name for path in again.iterdir())

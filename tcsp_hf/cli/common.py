@@ -1,6 +1,7 @@
 """What the commands share: options, tables, output."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import TCSPError
+from ..publish.card import shown_path
 
 ModelArgument = Annotated[str, typer.Argument(help="Name on the Hub, or a folder.", show_default=False)]
 DataOption = Annotated[
@@ -48,6 +50,25 @@ def progress_of(quiet: bool, as_json: bool = False) -> bool | None:
         hide_library_bars()
         return False
     return None
+
+
+def command_line(context: typer.Context) -> str:
+    """The command as it can be typed again: what was given, without what is the default anyway.
+
+    Of an absolute path the last part is shown: the line goes into model cards.
+    """
+    words, options = [], []
+    for parameter in context.command.params:
+        value, default = context.params.get(parameter.name or ""), parameter.get_default(context)
+        if parameter.param_type_name == "argument":
+            words.append(shown_path(str(value)))
+        elif value == default or (value is False and default is None):
+            continue
+        elif isinstance(value, bool):
+            options.append((parameter.opts if value else parameter.secondary_opts)[0])
+        else:
+            options += [parameter.opts[0], shown_path(str(value))]
+    return shlex.join(["tcsp", context.info_name or "", *words, *options])
 
 
 def columns_of(value: str | None) -> tuple[str, ...] | None:

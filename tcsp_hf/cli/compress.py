@@ -11,6 +11,8 @@ from ..data.sources import SAMPLE, load_data
 from ..errors import TCSPError
 from ..files import check_output_folder, new_folder
 from ..loading import load_model, load_tokenizer
+from ..publish.card import write_card
+from ..publish.results import CardResults
 from .common import (
     ColumnsOption,
     DataOption,
@@ -23,6 +25,7 @@ from .common import (
     SequencesOption,
     SplitOption,
     columns_of,
+    command_line,
     print_json,
     print_table,
     progress_of,
@@ -30,6 +33,7 @@ from .common import (
 
 
 def compress_command(
+    context: typer.Context,
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the compressed model.")],
     hidden_size: Annotated[int | None, typer.Option(help="Width of the stream at every site.")] = None,
@@ -112,6 +116,7 @@ def compress_command(
     with new_folder(output, overwrite) as staging:
         small.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+        write_card(staging, CardResults(command=command_line(context)), name=output.resolve().name)
     before, after = count_parameters(dense), count_parameters(small)
     if as_json:
         print_json(

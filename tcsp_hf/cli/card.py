@@ -1,0 +1,69 @@
+"""`tcsp card`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..calibration import Calibration
+from ..errors import TCSPError
+from ..publish.card import render_card, write_card
+from ..publish.checkpoint import read_checkpoint
+from ..publish.results import CardResults
+from .common import OverwriteOption
+
+
+def card_command(
+    folder: Annotated[Path, typer.Argument(help="A compressed checkpoint.", show_default=False)],
+    results: Annotated[Path | None, typer.Option(help="JSON of what was measured (see publish/results.py).")] = None,
+    stats: Annotated[Path | None, typer.Option(help="Its statistics: adds a picture of the spectra.")] = None,
+    picture: Annotated[
+        list[str] | None, typer.Option(help="A picture to show, as FILE or CAPTION=FILE; may be repeated.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub name of the dense model.")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="Of the dense model, as apache-2.0.")] = None,
+    language: Annotated[str | None, typer.Option(help="Of the dense model, as en.")] = None,
+    name: Annotated[str | None, typer.Option(help="What the model is called; a Hub name or the folder's.")] = None,
+    show: Annotated[bool, typer.Option("--print", help="Print the card and write nothing.")] = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write the model card (README.md) of a compressed checkpoint, from its configuration and measured results.
+
+    Example: tcsp card small/ --results scores.json --license apache-2.0
+    """
+    given = CardResults(base_model=base_model, license=licence, language=language)
+    found = (CardResults() if results is None else CardResults.load(results)).merge(given)
+    if show:
+        sys.stdout.write(render_card(folder, found, name=name))
+        return
+    pictures = dict(_caption(text) for text in picture or [])
+    if stats is None:
+        path = write_card(folder, found, overwrite=overwrite, name=name, pictures=pictures)
+    else:
+        path = _with_spectra(folder, stats, found, overwrite, name, pictures)
+    typer.echo(f"Card: {path}")
+
+
+def _caption(text: str) -> tuple[str, str]:
+    caption, sign, file = text.partition("=")
+    return (caption, file) if sign else (Path(text).stem.replace("_", " ").replace("-", " "), text)
+
+
+def _with_spectra(
+    folder: Path, stats: Path, found: CardResults, overwrite: bool, name: str | None, pictures: dict[str, str]
+) -> Path:
+    import tempfile
+
+    from ..plots import spectrum_picture
+
+    checkpoint = read_checkpoint(folder)
+    statistics = Calibration.load(stats)
+    recorded = (checkpoint.config.projection or {}).get("calibration", {})
+    if statistics.summary() != recorded:
+        raise TCSPError(f"The statistics {stats} are not those that {folder} was made from: name the right ones.")
+    with tempfile.TemporaryDirectory() as staging:
+        drawn = Path(staging) / "spectrum.png"
+        spectrum_picture(drawn, statistics, checkpoint.config.site_widths())
+        caption = "Energy that k directions leave out, for every site; dots: the widths that were kept"
+        return write_card(folder, found, overwrite=overwrite, name=name, pictures={**pictures, caption: str(drawn)})

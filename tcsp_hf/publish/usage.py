@@ -1,0 +1,102 @@
+"""How a card says to load a checkpoint: with the package, without it, and as a pipeline."""
+
+from .checkpoint import Checkpoint
+
+PIPELINE_TAGS = {
+    "Model": "feature-extraction",
+    "EncoderModel": "feature-extraction",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForConditionalGeneration": "text2text-generation",
+}
+"""Head -> the Hub's name of its task; the other heads have none."""
+
+_TEXTS = {
+    "ForQuestionAnswering": '"Who wrote it?", "It was written by Ada."',
+    "ForNextSentencePrediction": '"It was late.", "We went home."',
+}
+_LIFT = "hidden = model.lift(model({}).last_hidden_state)  # back in the dense model's space"
+_RUN = {
+    "Model": _LIFT.format("**inputs"),
+    "EncoderModel": _LIFT.format("**inputs"),
+    "ForConditionalGeneration": "tokens = model.generate(**inputs, max_new_tokens=40)\n"
+    "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
+    "ForQuestionAnswering": "outputs = model(**inputs)  # start_logits and end_logits",
+    "ForPreTraining": "outputs = model(**inputs)  # prediction_logits and seq_relationship_logits",
+}
+
+
+def pipeline_tag(checkpoint: Checkpoint) -> str | None:
+    """The Hub's name of the task; a T5 with two bare stacks has none."""
+    return None if _two_bare_stacks(checkpoint) else PIPELINE_TAGS.get(checkpoint.head)
+
+
+def _two_bare_stacks(checkpoint: Checkpoint) -> bool:
+    return checkpoint.head == "Model" and bool(checkpoint.config.is_encoder_decoder)
+
+
+def usage(checkpoint: Checkpoint, name: str) -> str:
+    """The section's text; `name` stands for the checkpoint in the code."""
+    ways = [_with_package(checkpoint, name), _without_package(checkpoint, name), _pipeline(checkpoint, name)]
+    return "\n\n".join(way for way in ways if way)
+
+
+def _code(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _load(checkpoint: Checkpoint, name: str, trust: bool) -> list[str]:
+    more = ", trust_remote_code=True" if trust else ""
+    lines = [f'model = {checkpoint.auto_class}.from_pretrained("{name}"{more})']
+    if checkpoint.has_tokenizer:
+        run = _RUN.get(checkpoint.head, "logits = model(**inputs).logits")
+        if _two_bare_stacks(checkpoint):
+            run = _LIFT.format("**inputs, decoder_input_ids=inputs.input_ids")
+        lines += [f'tokenizer = AutoTokenizer.from_pretrained("{name}")', _inputs(checkpoint), run]
+    return lines
+
+
+def _inputs(checkpoint: Checkpoint) -> str:
+    if checkpoint.head == "ForMultipleChoice":
+        choices = '["It was late."] * 2, ["We went home.", "We had lunch."], padding=True'
+        return f'inputs = {{k: v[None] for k, v in tokenizer({choices}, return_tensors="pt").items()}}'
+    text = _TEXTS.get(checkpoint.head, '"A sentence."')
+    return f'inputs = tokenizer({text}, return_tensors="pt")'
+
+
+def _with_package(checkpoint: Checkpoint, name: str) -> str:
+    imports = [checkpoint.auto_class, *(["AutoTokenizer"] if checkpoint.has_tokenizer else [])]
+    code = _code(
+        "import tcsp_hf  # registers the classes",
+        f"from transformers import {', '.join(imports)}",
+        "",
+        *_load(checkpoint, name, trust=False),
+    )
+    return f"With the package `tcsp_hf`:\n\n{code}"
+
+
+def _without_package(checkpoint: Checkpoint, name: str) -> str:
+    code = _code(
+        f"from transformers import {checkpoint.auto_class}",
+        "",
+        _load(checkpoint, name, trust=True)[0],
+    )
+    return f"Without it, with the code that lies beside the weights:\n\n{code}"
+
+
+def _pipeline(checkpoint: Checkpoint, name: str) -> str:
+    from transformers.pipelines import PIPELINE_REGISTRY  # slow to import
+
+    tag = pipeline_tag(checkpoint)
+    if tag is None or not checkpoint.has_tokenizer or tag not in PIPELINE_REGISTRY.get_supported_tasks():
+        return ""
+    text = '"A [MASK] sentence."' if tag == "fill-mask" else '"A sentence."'
+    code = _code(
+        "from transformers import pipeline",
+        "",
+        f'pipe = pipeline("{tag}", "{name}", trust_remote_code=True)',
+        f"pipe({text})",
+    )
+    return f"As a pipeline:\n\n{code}"
