@@ -9,6 +9,7 @@ from .configuration_tcsp import TCSPConfig
 from .configuration_tcsp_bert import TCSPBertConfig
 from .configuration_tcsp_t5 import TCSPT5Config
 from .errors import TCSPError
+from .export import to_plain_t5
 from .modeling_tcsp_bert import (
     TCSPBertForMaskedLM,
     TCSPBertForMultipleChoice,
@@ -55,4 +56,5 @@ __all__ = [
     "__version__",
     "calibrate",
     "compress",
+    "to_plain_t5",
 ]

@@ -12,6 +12,7 @@ from .calibrate import calibrate_command
 from .common import hide_library_bars
 from .compress import compress_command
 from .demo import demo_command
+from .export import export_command
 from .inspect import inspect_command
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app.command("demo")(demo_command)
 app.command("calibrate")(calibrate_command)
 app.command("compress")(compress_command)
 app.command("inspect")(inspect_command)
+app.command("export")(export_command)
 app.add_typer(bench_app, name="bench")
 
 
