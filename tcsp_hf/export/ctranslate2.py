@@ -29,5 +29,5 @@ def to_ctranslate2(plain: str | os.PathLike[str], output: str | os.PathLike[str]
             model.config.tie_word_embeddings = bool(getattr(model.config, "scale_decoder_outputs", False))
             return model
 
-    check_output_folder(output)
+    check_output_folder(output, overwrite=False)
     Converter(str(plain)).convert(str(output), force=True)  # of an empty folder
