@@ -101,6 +101,9 @@ class TCSPT5Config(TCSPConfig):
             kwargs.pop(derived, None)
         if self.num_decoder_layers is None:
             self.num_decoder_layers = self.num_layers
+        # As in T5Config: the stacks always share a table (unless encoder_hidden_size says otherwise), and
+        # tie_lm_head speaks for lm_head. Libraries that find it untied write False here (peft, when it merges).
+        self.tie_word_embeddings = True
         if self.scale_decoder_outputs is None:
             self.scale_decoder_outputs = self.tie_lm_head
         if isinstance(self.feed_forward_proj, str):
