@@ -50,7 +50,8 @@ def test_peft_lora(case: Case, tmp_path: Path) -> None:
     assert largest_difference(expected, outputs(case, again.get_base_model(), inputs)) <= 1e-6
     merged = again.merge_and_unload()
     assert type(merged) is type(base)
-    assert largest_difference(expected, outputs(case, merged, inputs)) <= 1e-4
+    scale = max(1.0, *(float(value.abs().max()) for value in expected.values()))
+    assert largest_difference(expected, outputs(case, merged, inputs)) <= 1e-4 * scale
     merged.save_pretrained(tmp_path / "merged")
     reloaded = type(base).from_pretrained(tmp_path / "merged")
     assert largest_difference(outputs(case, merged, inputs), outputs(case, reloaded, inputs)) == 0.0
