@@ -9,6 +9,18 @@ STACKS = ("encoder", "decoder")
 GROUPS = ("encoder", "decoder", "cross")
 """Groups of attention heads: the encoder's, the decoder's self-attention, the decoder's cross-attention."""
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_tcsp_t5.TCSPT5Config",
+    "AutoModel": "modeling_tcsp_t5.TCSPT5Model",
+    "AutoModelForTextEncoding": "modeling_tcsp_t5.TCSPT5EncoderModel",
+    "AutoModelForPreTraining": "modeling_tcsp_t5.TCSPT5ForConditionalGeneration",
+    "AutoModelForSeq2SeqLM": "modeling_tcsp_t5.TCSPT5ForConditionalGeneration",
+    "AutoModelForSequenceClassification": "modeling_tcsp_t5.TCSPT5ForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_tcsp_t5.TCSPT5ForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_tcsp_t5.TCSPT5ForQuestionAnswering",
+}
+"""Auto class -> file and class: written into every checkpoint, and registered where this package is installed."""
+
 
 class TCSPT5Config(TCSPConfig):
     """Configuration of the TCSP T5 models (T5 v1.0, v1.1/FLAN and mT5 sources).

@@ -45,7 +45,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_tcsp_t5 import TCSPT5Config
+from .configuration_tcsp_t5 import AUTO_MAP, TCSPT5Config
 from .modeling_tcsp import TCSPLift, TCSPPreTrainedMixin
 
 
@@ -257,16 +257,7 @@ class TCSPT5PreTrainedModel(TCSPPreTrainedMixin, T5PreTrainedModel):
         "attentions": OutputRecorder(TCSPT5SelfAttentionLayer, index=1),
         "cross_attentions": OutputRecorder(TCSPT5CrossAttentionLayer, index=1),
     }
-    auto_map: ClassVar[dict[str, str]] = {
-        "AutoConfig": "configuration_tcsp_t5.TCSPT5Config",
-        "AutoModel": "modeling_tcsp_t5.TCSPT5Model",
-        "AutoModelForTextEncoding": "modeling_tcsp_t5.TCSPT5EncoderModel",
-        "AutoModelForPreTraining": "modeling_tcsp_t5.TCSPT5ForConditionalGeneration",
-        "AutoModelForSeq2SeqLM": "modeling_tcsp_t5.TCSPT5ForConditionalGeneration",
-        "AutoModelForSequenceClassification": "modeling_tcsp_t5.TCSPT5ForSequenceClassification",
-        "AutoModelForTokenClassification": "modeling_tcsp_t5.TCSPT5ForTokenClassification",
-        "AutoModelForQuestionAnswering": "modeling_tcsp_t5.TCSPT5ForQuestionAnswering",
-    }
+    auto_map: ClassVar[dict[str, str]] = AUTO_MAP
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
