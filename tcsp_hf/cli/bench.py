@@ -15,9 +15,11 @@ from ..errors import TCSPError
 from ..evaluation.classification import compare, predict
 from ..evaluation.latency import compare_latency
 from ..loading import load_model, load_tokenizer
+from .bench_latency import latency_command
 from .common import JsonOption, QuietOption, print_json, print_table, progress_of
 
 bench_app = typer.Typer(help="Measure: the commands behind the figures of the README.", no_args_is_help=True)
+bench_app.command("latency")(latency_command)
 
 _WAYS = (("shared", "pca"), ("per_site", "pca"), ("per_site", "balanced"))
 
