@@ -26,7 +26,7 @@ _SIZES = {"bert-base": (768, 12, 12, 3072), "t5-base": (768, 12, 12, 3072), "tin
 """Hidden size, layers, heads, feed-forward neurons."""
 
 
-def random_pair(shape: str, hidden_size: int | None) -> tuple[PreTrainedModel, PreTrainedModel]:
+def random_pair(shape: str, hidden_size: int | None) -> tuple[Any, Any]:
     """A dense encoder of a known shape and its compressed form of one width (half by default), with random weights.
 
     Raises:
@@ -39,13 +39,13 @@ def random_pair(shape: str, hidden_size: int | None) -> tuple[PreTrainedModel, P
     if not 1 <= width <= full:
         raise TCSPError(f"--hidden-size is {hidden_size}; allowed: 1 to {full}.")
     if shape == "t5-base":
-        fields = {"d_kv": full // heads, "d_ff": neurons, "num_layers": layers, "num_heads": heads}
+        fields: dict[str, Any] = {"d_kv": full // heads, "d_ff": neurons, "num_layers": layers, "num_heads": heads}
         dense_t5 = T5EncoderModel(T5Config(d_model=full, is_encoder_decoder=False, **fields))
         small_t5 = TCSPT5EncoderModel(
             TCSPT5Config(d_model=width, source_hidden_size=full, is_encoder_decoder=False, **fields)
         )
         return dense_t5.eval(), small_t5.eval()
-    bert = {"num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": neurons}
+    bert: dict[str, Any] = {"num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": neurons}
     small = TCSPBertConfig(hidden_size=width, source_hidden_size=full, head_dim=full // heads, **bert)
     return BertModel(BertConfig(hidden_size=full, **bert)).eval(), TCSPBertModel(small).eval()
 
@@ -115,9 +115,13 @@ def latency_command(
         pair = checkpoint_pair(model, dense, device)
     else:
         made = random_pair(shape, hidden_size)
-        pair = (made[0].to(device), made[1].to(device))
+        pair = made[0].to(device), made[1].to(device)
     with tqdm(total=len(points) * len(names), unit="point", disable=None if bars is None else not bars) as bar:
-        grid = latency_grid(pair[0], pair[1], names, points, rounds, warmup, lambda point: bar.update() and None)
+
+        def done(point: GridPoint) -> None:
+            bar.update()
+
+        grid = latency_grid(pair[0], pair[1], names, points, rounds, warmup, done)
     byte_ratio = parameter_bytes(pair[0]) / parameter_bytes(pair[1])
     machine = (
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
