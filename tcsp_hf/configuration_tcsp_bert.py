@@ -5,6 +5,19 @@ from typing import ClassVar
 
 from .configuration_tcsp import TCSPConfig, check_number, check_size, check_sizes
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_tcsp_bert.TCSPBertConfig",
+    "AutoModel": "modeling_tcsp_bert.TCSPBertModel",
+    "AutoModelForPreTraining": "modeling_tcsp_bert.TCSPBertForPreTraining",
+    "AutoModelForMaskedLM": "modeling_tcsp_bert.TCSPBertForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_tcsp_bert.TCSPBertForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_tcsp_bert.TCSPBertForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_tcsp_bert.TCSPBertForQuestionAnswering",
+    "AutoModelForMultipleChoice": "modeling_tcsp_bert.TCSPBertForMultipleChoice",
+    "AutoModelForNextSentencePrediction": "modeling_tcsp_bert.TCSPBertForNextSentencePrediction",
+}
+"""Auto class -> file and class: written into every checkpoint, and registered where this package is installed."""
+
 
 class TCSPBertConfig(TCSPConfig):
     """Configuration of the TCSP BERT models.

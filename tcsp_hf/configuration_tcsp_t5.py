@@ -9,6 +9,18 @@ STACKS = ("encoder", "decoder")
 GROUPS = ("encoder", "decoder", "cross")
 """Groups of attention heads: the encoder's, the decoder's self-attention, the decoder's cross-attention."""
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_tcsp_t5.TCSPT5Config",
+    "AutoModel": "modeling_tcsp_t5.TCSPT5Model",
+    "AutoModelForTextEncoding": "modeling_tcsp_t5.TCSPT5EncoderModel",
+    "AutoModelForPreTraining": "modeling_tcsp_t5.TCSPT5ForConditionalGeneration",
+    "AutoModelForSeq2SeqLM": "modeling_tcsp_t5.TCSPT5ForConditionalGeneration",
+    "AutoModelForSequenceClassification": "modeling_tcsp_t5.TCSPT5ForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_tcsp_t5.TCSPT5ForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_tcsp_t5.TCSPT5ForQuestionAnswering",
+}
+"""Auto class -> file and class: written into every checkpoint, and registered where this package is installed."""
+
 
 class TCSPT5Config(TCSPConfig):
     """Configuration of the TCSP T5 models (T5 v1.0, v1.1/FLAN and mT5 sources).
@@ -101,6 +113,9 @@ class TCSPT5Config(TCSPConfig):
             kwargs.pop(derived, None)
         if self.num_decoder_layers is None:
             self.num_decoder_layers = self.num_layers
+        # As in T5Config: the stacks always share a table (unless encoder_hidden_size says otherwise), and
+        # tie_lm_head speaks for lm_head. Libraries that find it untied write False here (peft, when it merges).
+        self.tie_word_embeddings = True
         if self.scale_decoder_outputs is None:
             self.scale_decoder_outputs = self.tie_lm_head
         if isinstance(self.feed_forward_proj, str):

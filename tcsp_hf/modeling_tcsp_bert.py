@@ -44,7 +44,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_tcsp_bert import TCSPBertConfig
+from .configuration_tcsp_bert import AUTO_MAP, TCSPBertConfig
 from .modeling_tcsp import TCSPLift, TCSPPreTrainedMixin
 
 
@@ -306,17 +306,7 @@ class TCSPBertPreTrainedModel(TCSPPreTrainedMixin, BertPreTrainedModel):
         "hidden_states": TCSPBertLayer,
         "attentions": TCSPBertSelfAttention,
     }
-    auto_map: ClassVar[dict[str, str]] = {
-        "AutoConfig": "configuration_tcsp_bert.TCSPBertConfig",
-        "AutoModel": "modeling_tcsp_bert.TCSPBertModel",
-        "AutoModelForPreTraining": "modeling_tcsp_bert.TCSPBertForPreTraining",
-        "AutoModelForMaskedLM": "modeling_tcsp_bert.TCSPBertForMaskedLM",
-        "AutoModelForSequenceClassification": "modeling_tcsp_bert.TCSPBertForSequenceClassification",
-        "AutoModelForTokenClassification": "modeling_tcsp_bert.TCSPBertForTokenClassification",
-        "AutoModelForQuestionAnswering": "modeling_tcsp_bert.TCSPBertForQuestionAnswering",
-        "AutoModelForMultipleChoice": "modeling_tcsp_bert.TCSPBertForMultipleChoice",
-        "AutoModelForNextSentencePrediction": "modeling_tcsp_bert.TCSPBertForNextSentencePrediction",
-    }
+    auto_map: ClassVar[dict[str, str]] = AUTO_MAP
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

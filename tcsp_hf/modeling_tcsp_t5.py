@@ -45,7 +45,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_tcsp_t5 import TCSPT5Config
+from .configuration_tcsp_t5 import AUTO_MAP, TCSPT5Config
 from .modeling_tcsp import TCSPLift, TCSPPreTrainedMixin
 
 
@@ -79,9 +79,13 @@ class TCSPT5Attention(nn.Module):
             # one column for each head of the dense model: layers that keep other heads read other columns
             self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
 
-    def position_bias(self, query_length: int, key_length: int, offset: int | torch.Tensor) -> torch.Tensor:
-        """Relative position bias (1, num_heads, query_length, key_length) for all heads of the dense model."""
-        device = self.relative_attention_bias.weight.device
+    def position_bias(
+        self, query_length: int, key_length: int, offset: int | torch.Tensor, device: torch.device
+    ) -> torch.Tensor:
+        """Relative position bias (1, num_heads, query_length, key_length) for all heads of the dense model.
+
+        `device` is the hidden states'; the table's own may be "meta", while accelerate keeps it elsewhere.
+        """
         query_position = torch.arange(query_length, device=device)[:, None] + offset
         key_position = torch.arange(key_length, device=device)[None, :]
         bucket = T5Attention._relative_position_bucket(
@@ -253,16 +257,7 @@ class TCSPT5PreTrainedModel(TCSPPreTrainedMixin, T5PreTrainedModel):
         "attentions": OutputRecorder(TCSPT5SelfAttentionLayer, index=1),
         "cross_attentions": OutputRecorder(TCSPT5CrossAttentionLayer, index=1),
     }
-    auto_map: ClassVar[dict[str, str]] = {
-        "AutoConfig": "configuration_tcsp_t5.TCSPT5Config",
-        "AutoModel": "modeling_tcsp_t5.TCSPT5Model",
-        "AutoModelForTextEncoding": "modeling_tcsp_t5.TCSPT5EncoderModel",
-        "AutoModelForPreTraining": "modeling_tcsp_t5.TCSPT5ForConditionalGeneration",
-        "AutoModelForSeq2SeqLM": "modeling_tcsp_t5.TCSPT5ForConditionalGeneration",
-        "AutoModelForSequenceClassification": "modeling_tcsp_t5.TCSPT5ForSequenceClassification",
-        "AutoModelForTokenClassification": "modeling_tcsp_t5.TCSPT5ForTokenClassification",
-        "AutoModelForQuestionAnswering": "modeling_tcsp_t5.TCSPT5ForQuestionAnswering",
-    }
+    auto_map: ClassVar[dict[str, str]] = AUTO_MAP
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -329,7 +324,7 @@ class TCSPT5Stack(TCSPT5PreTrainedModel):
     def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
         self.embed_tokens = new_embeddings
 
-    def _position_bias(self, length: int, cache: Cache | None) -> torch.Tensor:
+    def _position_bias(self, length: int, cache: Cache | None, device: torch.device) -> torch.Tensor:
         offset: int | torch.Tensor = 0
         key_length = length
         if cache is not None:
@@ -339,7 +334,7 @@ class TCSPT5Stack(TCSPT5PreTrainedModel):
             key_length, _ = own.get_mask_sizes(length, 0)
             if isinstance(offset, torch.Tensor):
                 offset = offset.clone()  # a static cache counts in place
-        return self.block[0].layer[0].SelfAttention.position_bias(length, key_length, offset)
+        return self.block[0].layer[0].SelfAttention.position_bias(length, key_length, offset, device)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -393,7 +388,7 @@ class TCSPT5Stack(TCSPT5PreTrainedModel):
         hidden_states = self.dropout(inputs_embeds)
         position_bias = None
         if len(self.block):
-            position_bias = self._position_bias(inputs_embeds.shape[1], past_key_values)
+            position_bias = self._position_bias(inputs_embeds.shape[1], past_key_values, inputs_embeds.device)
         for block in self.block:
             hidden_states = block(
                 hidden_states,

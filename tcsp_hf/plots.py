@@ -8,6 +8,7 @@ from typing import Any
 from .calibration import Calibration
 from .compression.subspace import spectrum
 from .errors import TCSPError
+from .evaluation.latency import GridPoint
 
 
 def require_matplotlib() -> Any:
@@ -143,5 +144,26 @@ def quality_picture(
     left.set_ylabel(score_name)
     right.set_xlabel("parameters removed without embeddings, in % (dotted: dense)")
     right.legend(fontsize="small")
+    figure.savefig(Path(path), dpi=130)
+    pyplot.close(figure)
+
+
+def latency_picture(path: str | os.PathLike[str], grid: list[GridPoint], title: str) -> None:
+    """Speed-up of every point of a latency grid, one row of bars for each back-end; a mark for the FLOPs ratio."""
+    pyplot = require_matplotlib()
+    backends = list(dict.fromkeys(point.backend for point in grid))
+    size = (max(6.0, 0.7 * len(grid) / len(backends) + 2), 2.6 * len(backends))
+    figure, axes = pyplot.subplots(len(backends), 1, figsize=size, squeeze=False, sharex=True, layout="constrained")
+    for axis, backend in zip(axes[:, 0], backends, strict=True):
+        points = [point for point in grid if point.backend == backend]
+        places = range(len(points))
+        axis.bar(places, [point.speedup for point in points], color="#33708f")
+        axis.plot(places, [point.ideal for point in points], "_", color="black", markersize=18, label="FLOPs ratio")
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set_ylabel(f"speed-up, {backend}")
+        axis.set_xticks(places, [f"{point.batch}×{point.length}" for point in points])
+    axes[0, 0].legend(loc="lower right")
+    axes[0, 0].set_title(f"{title}: compressed against dense")
+    axes[-1, 0].set_xlabel("batch × tokens")
     figure.savefig(Path(path), dpi=130)
     pyplot.close(figure)

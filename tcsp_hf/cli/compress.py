@@ -9,6 +9,7 @@ from ..calibration import Calibration, calibrate
 from ..compression import compress, count_parameters, removed_fraction, size_table
 from ..data.sources import SAMPLE, load_data
 from ..errors import TCSPError
+from ..export.sentence_transformer import load_source, require_encoder, save_sentence_transformer
 from ..files import check_output_folder, new_folder
 from ..loading import load_model, load_tokenizer
 from ..publish.card import write_card
@@ -63,6 +64,13 @@ def compress_command(
     ] = None,
     subspace: Annotated[str, typer.Option(help="balanced, or pca (the paper's).")] = "balanced",
     multiple_of: Annotated[int, typer.Option(help="Widths are rounded up to a multiple of this.", min=1)] = 8,
+    sentence_transformer: Annotated[
+        bool,
+        typer.Option(
+            "--sentence-transformer",
+            help="Write a folder for sentence-transformers, with embeddings in the dense model's space.",
+        ),
+    ] = False,
     data: DataOption = SAMPLE,
     split: SplitOption = "train",
     text_columns: ColumnsOption = None,
@@ -83,9 +91,12 @@ def compress_command(
         raise TCSPError("Give exactly one of --hidden-size, --energy, --remove, --flops and --latency.")
     check_output_folder(output, overwrite)
     columns = columns_of(text_columns)
+    source = load_source(model) if sentence_transformer else None
     found = None if stats is None else Calibration.load(stats)
     texts = load_data(data, split) if found is None else None
     dense = load_model(model, dtype, device)
+    if sentence_transformer:
+        require_encoder(dense)
     tokenizer = load_tokenizer(model)
     if found is None:
         found = calibrate(
@@ -114,8 +125,11 @@ def compress_command(
         progress=progress_of(quiet, as_json),
     )
     with new_folder(output, overwrite) as staging:
-        small.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+        if sentence_transformer:
+            save_sentence_transformer(small, tokenizer, source, staging)
+        else:
+            small.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
         write_card(staging, CardResults(command=command_line(context)), name=output.resolve().name)
     before, after = count_parameters(dense), count_parameters(small)
     if as_json:

@@ -13,9 +13,9 @@ from .card import card_command
 from .common import hide_library_bars
 from .compress import compress_command
 from .demo import demo_command
+from .export import export_command
 from .finetune import evaluate_command, finetune_command
 from .inspect import inspect_command
-from .paper import paper_command
 from .push import push_command
 from .train import train_command
 
@@ -37,9 +37,9 @@ app.command("inspect")(inspect_command)
 app.command("finetune")(finetune_command)
 app.command("evaluate")(evaluate_command)
 app.command("train")(train_command)
-bench_app.command("paper")(paper_command)
 app.command("card")(card_command)
 app.command("push")(push_command)
+app.command("export")(export_command)
 app.add_typer(bench_app, name="bench")
 
 

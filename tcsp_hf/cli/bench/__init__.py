@@ -3,6 +3,8 @@
 import typer
 
 from .budget import budget_command
+from .latency import latency_command
+from .paper import paper_command
 from .quality import quality_command
 from .subspaces import subspaces_command
 
@@ -10,5 +12,7 @@ bench_app = typer.Typer(help="Measure: the commands behind the figures of the RE
 bench_app.command("subspaces")(subspaces_command)
 bench_app.command("budget")(budget_command)
 bench_app.command("quality")(quality_command)
+bench_app.command("latency")(latency_command)
+bench_app.command("paper")(paper_command)
 
 __all__ = ["bench_app"]

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from ..errors import TCSPError
-from ..train.paper import picture, read_rows, report, run_row, write_grid
-from .common import JsonOption, QuietOption, print_json, progress_of
-from .finetune import bars_hidden
+from ...errors import TCSPError
+from ...train.paper import picture, read_rows, report, run_row, write_grid
+from ..common import JsonOption, QuietOption, print_json, progress_of
+from ..finetune import bars_hidden
 
 
 def paper_command(

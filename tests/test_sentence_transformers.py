@@ -1,0 +1,163 @@
+"""sentence-transformers folders: embeddings in the dense model's space, whatever the pooling."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from common import Case, D, calibrated, find, make_dense, make_small, make_tokenizer
+from transformers import PreTrainedModel
+from typer.testing import CliRunner
+
+from tcsp_hf import TCSPError, compress
+from tcsp_hf.cli.main import app
+from tcsp_hf.evaluation.embeddings import embed
+from tcsp_hf.export.sentence_transformer import load_source, save_sentence_transformer, to_sentence_transformer
+
+library = pytest.importorskip("sentence_transformers")
+modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+
+ENCODER = find("bert-Model")
+TEXTS = ["w1 w2 w3 w4 w5 w6", "w40", "w7 w8 w9 w1", "w30 w31"]
+
+
+def dense_model(case: Case = ENCODER) -> PreTrainedModel:
+    return make_dense(case, torch.float32)
+
+
+def write_source(folder: Path, *after: Any, pooling: Any = "mean") -> Path:
+    """A dense SentenceTransformer with a pooling and these modules after it."""
+    dense_model().save_pretrained(folder / "plain")
+    make_tokenizer().save_pretrained(folder / "plain")
+    encoder = modules.Transformer(str(folder / "plain"))
+    made = library.SentenceTransformer(
+        modules=[encoder, modules.Pooling(D, pooling), *after],
+        device="cpu",
+        prompts={"query": "w99 ", "document": ""},
+        similarity_fn_name="dot",
+    )
+    made.max_seq_length = 6
+    made.save_pretrained(str(folder / "source"), create_model_card=False)
+    return folder / "source"
+
+
+@pytest.fixture(scope="module")
+def small() -> PreTrainedModel:
+    return make_small(ENCODER)
+
+
+@pytest.fixture(scope="module")
+def full() -> PreTrainedModel:
+    return make_small(ENCODER, hidden_size=D)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "weightedmean", "lasttoken", ("cls", "mean")], ids=str)
+def test_full_width_equals_the_dense_model(full: PreTrainedModel, pooling: Any, tmp_path: Path) -> None:
+    """Pooling, a Dense module of the source's own and its normalisation come over, each where it was."""
+    torch.manual_seed(0)
+    width = D if isinstance(pooling, str) else 2 * D
+    path = write_source(tmp_path, modules.Dense(width, 24), modules.Normalize(), pooling=pooling)
+    source = load_source(path)
+    save_sentence_transformer(full, make_tokenizer(), source, tmp_path / "small")
+    made = library.SentenceTransformer(str(tmp_path / "small"), device="cpu")
+    assert [type(m).__name__ for m in made] == ["Transformer", "Pooling", "Dense", "Dense", "Normalize"]
+    assert made.max_seq_length == 6 and made.prompts["query"] == "w99 " and made.similarity_fn_name == "dot"
+    for how in ({}, {"prompt_name": "query"}, {"truncate_dim": 8}):
+        expected, found = source.encode(TEXTS, **how), made.encode(TEXTS, **how)
+        assert expected.shape == found.shape and np.abs(expected - found).max() <= 1e-5
+
+
+def test_narrow_equals_pooling_lifted_states(small: PreTrainedModel, tmp_path: Path) -> None:
+    """No source: mean pooling and normalisation, as the package's own embeddings."""
+    tokenizer = make_tokenizer()
+    save_sentence_transformer(small, tokenizer, None, tmp_path / "small")
+    made = library.SentenceTransformer(str(tmp_path / "small"), device="cpu")
+    found = made.encode(TEXTS)
+    assert found.shape == (4, D)
+    assert np.abs(found - embed(small, tokenizer, TEXTS).numpy()).max() <= 1e-5
+    with torch.no_grad():  # lifted first, pooled afterwards
+        batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+        states = small.lift(small(**batch).last_hidden_state)
+        weights = batch["attention_mask"].unsqueeze(-1).float()
+        pooled = torch.nn.functional.normalize((states * weights).sum(1) / weights.sum(1), dim=-1)
+    assert np.abs(found - pooled.numpy()).max() <= 1e-5
+    truncated = made.encode(TEXTS, truncate_dim=8, normalize_embeddings=True)
+    expected = found[:, :8] / np.linalg.norm(found[:, :8], axis=1, keepdims=True)
+    assert np.abs(truncated - expected).max() <= 1e-5
+
+
+def test_without_the_package(small: PreTrainedModel, tmp_path: Path) -> None:
+    """In a process that cannot import tcsp_hf, with the code beside the checkpoint."""
+    save_sentence_transformer(small, make_tokenizer(), None, tmp_path / "small")
+    program = """
+import json, sys
+sys.modules["tcsp_hf"] = None  # an import fails
+import torch
+from sentence_transformers import SentenceTransformer
+torch.set_num_threads(1)
+model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu")
+json.dump(model.encode(json.loads(sys.argv[2])).tolist(), open(sys.argv[3], "w"))
+"""
+    found = tmp_path / "found.json"
+    command = [sys.executable, "-c", program, str(tmp_path / "small"), json.dumps(TEXTS), str(found)]
+    subprocess.run(command, check=True)
+    expected = embed(small, make_tokenizer(), TEXTS).numpy()
+    assert np.abs(np.array(json.loads(found.read_text())) - expected).max() <= 1e-5
+
+
+def test_command(tmp_path: Path) -> None:
+    source = write_source(tmp_path, modules.Normalize(), pooling="cls")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(f"w{i} w{i + 1} w{2 * i}" for i in range(50)))
+    told = ["--data", str(texts), "--hidden-size", "16", "--sentence-transformer", "--json"]
+    result = CliRunner().invoke(app, ["compress", str(source), "-o", str(tmp_path / "small"), *told])
+    assert result.exit_code == 0, result.output
+    made = library.SentenceTransformer(str(tmp_path / "small"), device="cpu")
+    assert made[1].pooling_mode == "cls" and made[0].get_embedding_dimension() == 16
+    assert made.encode(TEXTS).shape == (4, D)
+    plain = ["compress", str(tmp_path / "plain"), "-o", str(tmp_path / "from-plain"), *told]
+    assert CliRunner().invoke(app, plain).exit_code == 0
+    assert library.SentenceTransformer(str(tmp_path / "from-plain"), device="cpu")[1].pooling_mode == "mean"
+
+
+def test_t5_encoder(tmp_path: Path) -> None:
+    case = find("t5-EncoderModel")
+    small = make_small(case, hidden_size=D)
+    save_sentence_transformer(small, make_tokenizer(), None, tmp_path / "small")
+    made = library.SentenceTransformer(str(tmp_path / "small"), device="cpu")
+    dense, tokenizer = make_dense(case, torch.float32), make_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    assert np.abs(made.encode(TEXTS) - embed(dense, tokenizer, TEXTS).numpy()).max() <= 1e-5
+
+
+def test_cross_encoder(tmp_path: Path) -> None:
+    """A reranker is a sequence classifier: nothing is special."""
+    case = find("bert-ForSequenceClassification")
+    dense = make_dense(case, torch.float32, num_labels=1)
+    small = compress(dense, calibrated(case, dense), hidden_size=D)
+    for name, model in (("dense", dense), ("small", small)):
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    pairs = [("w1 w2", "w3 w4 w5"), ("w1", "w9"), ("w40 w41 w42", "w3")]
+    expected = library.CrossEncoder(str(tmp_path / "dense"), device="cpu").predict(pairs)
+    found = library.CrossEncoder(str(tmp_path / "small"), device="cpu", trust_remote_code=True).predict(pairs)
+    assert np.abs(expected - found).max() <= 1e-5
+
+
+def test_refusals(small: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TCSPError, match="pooling mode is 'max'"):
+        load_source(write_source(tmp_path, pooling="max"))
+    with pytest.raises(TCSPError, match="TCSPBertForMaskedLM is no compressed encoder"):
+        to_sentence_transformer(make_small(find("bert-ForMaskedLM")), make_tokenizer())
+    make_dense(find("bert-ForMaskedLM"), torch.float32).save_pretrained(tmp_path / "head")
+    make_tokenizer().save_pretrained(tmp_path / "head")
+    told = ["--hidden-size", "16", "--sentence-transformer", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, ["compress", str(tmp_path / "head"), *told])
+    assert isinstance(result.exception, TCSPError) and "BertForMaskedLM has a head" in str(result.exception)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(TCSPError, match=r"pip install 'tcsp_hf\[sentence-transformers\]'"):
+        load_source(tmp_path)
