@@ -4,8 +4,9 @@ One graph, `model.onnx`, for a model that runs in one pass; `encoder_model.onnx`
 and `decoder_with_past_model.onnx` (one more token) for a sequence-to-sequence model, with the names of inputs and
 outputs that other readers of such folders know. Batch and lengths are dynamic.
 
-The graphs come from `torch.onnx.export` itself: transformers' own exporters (5.17 to 5.23) changed their interface in
-between, need torch 2.11 and print to standard output; both gave the same parity.
+The graphs come from `torch.onnx.export` itself. transformers' own exporters call it too, but their interface differs
+between 5.17 and 5.23, 5.23's needs torch 2.11, and they print to standard output; on the one model tried with 5.23's, a
+BERT classifier, they agreed with PyTorch as well as this does (below 1e-6).
 """
 
 import contextlib
