@@ -89,7 +89,7 @@ def sites_of(model: PreTrainedModel) -> list[Site]:
         TCSPError: see `family_of`.
     """
     family, _ = family_of(model)
-    return list(_bert_sites(model) if family == "bert" else _t5_sites(model))
+    return list(_bert_sites(model) if family == "bert" else t5_sites(model))
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _bert_sites(model: Any) -> Iterator[Site]:
         yield site("mlm_head", model.cls.predictions.transform.LayerNorm)
 
 
-def _t5_sites(model: Any) -> Iterator[Site]:
+def t5_sites(model: Any) -> Iterator[Site]:
     base = model.base_model
     for stack in ("encoder", "decoder"):
         if not hasattr(base, stack):

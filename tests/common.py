@@ -328,6 +328,13 @@ def dense_and_statistics(case: Case, dtype: torch.dtype = torch.float64) -> tupl
     return model, calibrated(case, model)
 
 
+@cache
+def dense_and_sample(case: Case, dtype: torch.dtype = torch.float64) -> tuple[PreTrainedModel, Calibration]:
+    """As `dense_and_statistics`, with the token sample that refits and baselines read."""
+    model = make_dense(case, dtype)
+    return model, calibrated(case, model, sample_tokens=65_536)
+
+
 def make_small(case: Case, dtype: torch.dtype = torch.float32, hidden_size: int = 16, **kwargs: Any) -> PreTrainedModel:
     """A new compressed model of the case."""
     return compress(*dense_and_statistics(case, dtype), hidden_size=hidden_size, **kwargs)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import Case, calibrated, dense_and_statistics, find, make_dense, make_inputs, make_labels
+from common import Case, calibrated, dense_and_sample, find, make_dense, make_inputs, make_labels
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -41,7 +41,7 @@ def answers(case: Case, model: PreTrainedModel) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", BASELINES)
 def test_nothing_removed_is_the_dense_model(case: Case, name: str) -> None:
-    dense, stats = dense_and_statistics(case)
+    dense, stats = dense_and_sample(case)
     small = BASELINES[name].compress(dense, stats, 0.0)
     assert small is not dense
     torch.testing.assert_close(answers(case, small), answers(case, dense), rtol=1e-6, atol=1e-6)
@@ -51,7 +51,7 @@ def test_nothing_removed_is_the_dense_model(case: Case, name: str) -> None:
 @pytest.mark.parametrize("name", BASELINES)
 def test_what_is_removed_is_gone(case: Case, name: str) -> None:
     """Counted by brute force over distinct tensors; the dense model stays; gradients reach the result."""
-    dense, stats = dense_and_statistics(case)
+    dense, stats = dense_and_sample(case)
     before = {key: value.clone() for key, value in dense.state_dict().items()}
     small = BASELINES[name].compress(dense, stats, 0.3)
     tables = {id(m.weight) for n, m in small.named_modules() if isinstance(m, nn.Embedding) and "relative" not in n}
@@ -94,7 +94,7 @@ def plant_dead_units(model: PreTrainedModel, filters: int, seed: int) -> list[to
 def test_dead_heads_and_filters_go_for_free(case: Case, name: str) -> None:
     dense = make_dense(case)
     plant_dead_units(dense, 10, 3)  # one head of 4 and 10 filters of 40: a quarter of each
-    stats = calibrated(case, dense)
+    stats = calibrated(case, dense, sample_tokens=65_536)
     groups = units_of(dense)
     dead = sum(units.cost * (10 if units.kind == "filters" else 1) for units in groups)
     removed = dead / count_parameters(dense).non_embedding
@@ -115,7 +115,7 @@ def test_low_rank_linears_are_exact_under_svd(case: Case) -> None:
             left = torch.randn(linear.out_features, 4, generator=generator, dtype=torch.float64)
             right = torch.randn(4, linear.in_features, generator=generator, dtype=torch.float64)
             linear.weight.copy_(0.1 * left @ right)
-    stats = calibrated(case, dense)
+    stats = calibrated(case, dense, sample_tokens=65_536)
     small = BASELINES["svd"].compress(dense, stats, 0.5)
     assert 0.5 <= removed_fraction(dense, small) < 0.75
     torch.testing.assert_close(answers(case, small), answers(case, dense), rtol=1e-6, atol=1e-6)
@@ -142,7 +142,7 @@ def test_whitened_factors_are_the_best_of_their_rank() -> None:
 
 
 def test_mask_gradients_are_those_of_single_sequences() -> None:
-    dense, stats = dense_and_statistics(BERT)
+    dense, stats = dense_and_sample(BERT)
     model = working_copy(dense)
     groups = units_of(model)
     batched = mask_gradients(model, stats, groups)
@@ -160,7 +160,7 @@ def test_mask_gradients_are_those_of_single_sequences() -> None:
 
 
 def test_dropout_plays_no_part() -> None:
-    dense, stats = make_dense(BERT), dense_and_statistics(BERT)[1]
+    dense, stats = make_dense(BERT), dense_and_sample(BERT)[1]
     wanted = BASELINES["fisher"].compress(dense, stats, 0.3)
     found = BASELINES["fisher"].compress(dense.train(), stats, 0.3)
     assert dense.training and not found.training
@@ -219,7 +219,7 @@ def test_rearrangement_never_costs_more_and_keeps_the_number() -> None:
 
 def test_mask_tuning_is_least_squares() -> None:
     """Against a solver that sees all tokens' contributions at once, and with a damping that is small."""
-    dense, stats = dense_and_statistics(BERT)
+    dense, stats = dense_and_sample(BERT)
     small = working_copy(dense)
     units = units_of(small)[1]
     mask = torch.arange(units.count) % 3 != 0
@@ -299,7 +299,7 @@ def test_layers_that_do_nothing_go_for_free(name: str) -> None:
                         layer, "SelfAttention" if hasattr(layer, "SelfAttention") else "EncDecAttention"
                     ).o.weight.zero_()
                 stack.block[i].layer[-1].DenseReluDense.wo.weight.zero_()
-    small = BASELINES[name].compress(dense, calibrated(case, dense), 0.1)
+    small = BASELINES[name].compress(dense, calibrated(case, dense, sample_tokens=65_536), 0.1)
     assert (len(small.encoder.block), len(small.decoder.block)) == (2, 2)
     assert (small.config.num_layers, small.config.num_decoder_layers) == (2, 2)
     torch.testing.assert_close(answers(case, small), answers(case, dense))
@@ -312,14 +312,14 @@ def test_layers_that_do_nothing_go_for_free(name: str) -> None:
 @pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("removed", [-0.1, 1.0, float("nan"), "half", True])
 def test_a_fraction_that_is_none(name: str, removed: object) -> None:
-    dense, stats = dense_and_statistics(BERT)
+    dense, stats = dense_and_sample(BERT)
     with pytest.raises(TCSPError, match="removed is"):
         BASELINES[name].compress(dense, stats, removed)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["svd", "fisher", "magnitude", "top-layers", "alternate-layers"])
 def test_a_budget_out_of_reach_names_what_is_possible(name: str) -> None:
-    dense, stats = dense_and_statistics(BERT)
+    dense, stats = dense_and_sample(BERT)
     with pytest.raises(TCSPError, match=r"cannot remove 99\.9%: at most \d+\.\d% of this model"):
         BASELINES[name].compress(dense, stats, 0.999)
 

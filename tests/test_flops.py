@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import CASES, Case, dense_and_statistics, find, make_dense, make_inputs, make_small, make_uneven
+from common import CASES, Case, dense_and_sample, find, make_dense, make_inputs, make_small, make_uneven
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -36,7 +36,7 @@ def test_dense_and_compressed_models(case: Case) -> None:
 @pytest.mark.parametrize("case", [find("bert-ForSequenceClassification"), find("t5-ForConditionalGeneration")], ids=str)
 @pytest.mark.parametrize("name", BASELINES)
 def test_baselines(case: Case, name: str) -> None:
-    dense, stats = dense_and_statistics(case, torch.float32)
+    dense, stats = dense_and_sample(case, torch.float32)
     small = BASELINES[name].compress(dense, stats, 0.4)
     counted = count_flops(small, LENGTH)
     assert counted == torch_count(case, small, LENGTH)

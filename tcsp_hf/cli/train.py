@@ -45,7 +45,9 @@ def train_command(
         float | None, typer.Option(help="Fraction of the parameters (embeddings apart) to remove.")
     ] = None,
     hidden_size: Annotated[int | None, typer.Option(help="Width of the stream, instead of --remove.")] = None,
-    axes: Annotated[str, typer.Option(help="What --remove may cut: some of hidden,filters,heads.")] = "hidden",
+    axes: Annotated[
+        str | None, typer.Option(help="What --remove may cut: some of hidden,filters,heads; all by default.")
+    ] = None,
     calibration_samples: Annotated[int, typer.Option(help="Training sequences to calibrate on.", min=1)] = 2000,
     distillation: Annotated[
         float, typer.Option(help="Weight of the dense model in the loss; labels get the rest.")
@@ -72,7 +74,7 @@ def train_command(
 ) -> None:
     """Calibrate, compress and fine-tune with the dense model as teacher. The last weights are kept.
 
-    Example: tcsp train --model bert-mrpc/ --task mrpc --remove 0.6 --axes hidden,filters,heads -o small/
+    Example: tcsp train --model bert-mrpc/ --task mrpc --remove 0.6 -o small/
     """
     if (remove is None) == (hidden_size is None):
         raise TCSPError("Give one of --remove and --hidden-size.")
@@ -92,7 +94,7 @@ def train_command(
     options: dict[str, Any] = {
         "remove": remove,
         "hidden_size": hidden_size,
-        "axes": None if remove is None else [axis.strip() for axis in axes.split(",")],
+        "axes": None if remove is None or axes is None else [axis.strip() for axis in axes.split(",")],
         "calibration_samples": calibration_samples,
         "distillation": distillation,
         "temperature": temperature,

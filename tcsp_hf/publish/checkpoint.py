@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .. import modeling_tcsp_bert, modeling_tcsp_t5
 from ..configuration_tcsp import TCSPConfig
+from ..configuration_tcsp_bert import TCSPBertConfig
 from ..errors import TCSPError
-from ..registration import FAMILIES
 
 _SAVE_AGAIN = "save it again with model.save_pretrained(folder)"
 _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
@@ -80,7 +81,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _model_class(path: Path, config: TCSPConfig) -> Any:
-    module, _ = FAMILIES[type(config)]
+    module = modeling_tcsp_bert if isinstance(config, TCSPBertConfig) else modeling_tcsp_t5
     names = config.architectures or []
     known = [name for name in getattr(module, "__all__", []) if not name.endswith("PreTrainedModel")]
     if len(names) != 1 or names[0] not in known:

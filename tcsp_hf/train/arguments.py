@@ -23,7 +23,7 @@ class TCSPTrainingArguments(TrainingArguments):
     )
     hidden_size: int | None = field(default=None, metadata={"help": "Width of every site, instead of `remove`."})
     axes: list[str] | None = field(
-        default=None, metadata={"help": "What `remove` may cut: some of hidden, filters, heads. None: hidden."}
+        default=None, metadata={"help": "What `remove` may cut: some of hidden, filters, heads. None: all."}
     )
     calibration_samples: int = field(
         default=2000, metadata={"help": "Training sequences to calibrate on, over all processes."}

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..calibration import Calibration
 from ..compression import removed_fraction
+from ..compression.plan import AXES
 from ..errors import TCSPError
 from ..files import new_folder
 from ..loading import load_model, load_tokenizer
@@ -54,7 +55,7 @@ class Row:
     task: str
     remove: float
     mode: str
-    axes: tuple[str, ...] = ("hidden",)
+    axes: tuple[str, ...] = AXES
     ready: bool = False
     dense_epochs: float = 3.0
     dense_lr: float = 5e-5

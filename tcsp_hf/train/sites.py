@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..architectures import _t5_sites, sites_of
+from ..architectures import t5_sites, sites_of
 
 _RIDGE = 1e-3  # of the mean eigenvalue of the second moment
 _TOKENS_PER_DIMENSION = 16
@@ -27,7 +27,7 @@ States = dict[str, torch.Tensor]
 def compressed_norms(model: Any) -> dict[str, nn.Module]:
     """Site name -> the module whose output is the site's `z`, of a compressed model."""
     if model.config.model_type == "tcsp_t5":
-        return {site.name: site.norm for site in _t5_sites(model)}
+        return {site.name: site.norm for site in t5_sites(model)}
     base = model.base_model
     norms = {"embeddings": base.embeddings.norm}
     for i, layer in enumerate(base.encoder.layer):
