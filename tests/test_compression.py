@@ -369,7 +369,7 @@ def test_fraction_out_of_bounds(name, value):
 )
 def test_exactly_one_budget(given_sizes, named):
     model, stats = dense_and_statistics(BERT)
-    with pytest.raises(TCSPError, match=f"exactly one of hidden_size, energy and remove; {named}"):
+    with pytest.raises(TCSPError, match=f"exactly one of hidden_size, energy, remove, flops and latency; {named}"):
         compress(model, stats, **given_sizes)
 
 

@@ -51,7 +51,7 @@ def losses(trainer: Any) -> list[float]:
 @pytest.mark.parametrize("case", HEADS, ids=str)
 @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no-labels"])
 def test_train_compresses_and_learns(case: Case, labelled: bool, tmp_path: Path) -> None:
-    trainer = make_trainer(case, tmp_path, labelled=labelled, num_train_epochs=3)
+    trainer = make_trainer(case, tmp_path, labelled=labelled, num_train_epochs=6)
     dense = trainer.model
     before = weights(dense)
     trainer.train()

@@ -44,6 +44,7 @@ class Builder:
     head: str
     kind: str
     multiple_of: int
+    mlm_size: int | None = None  # of the masked-LM head's own site; the embeddings' width when None
 
     @property
     def full(self) -> int:
@@ -86,9 +87,10 @@ class Builder:
         return rounded
 
     def widths(self, sizes: Sizes) -> dict[str, int]:
-        """Width by site name; the masked-LM head has the embeddings' width."""
+        """Width by site name; the masked-LM head is beside the groups."""
         widths = {name: size for members, size in zip(self.groups, sizes.hidden, strict=True) for name in members}
-        return {name: widths.get(name, sizes.hidden[0]) for name in self.sites}
+        head = sizes.hidden[0] if self.mlm_size is None else self.mlm_size
+        return {name: widths.get(name, head) for name in self.sites}
 
     def config(self, sizes: Sizes, kept_heads: list[list[int]] | None = None) -> TCSPConfig:
         """kept_heads: indices, for every attention block; the first ones when None (for counting)."""

@@ -145,6 +145,9 @@ def _choose_sizes(
         elif request.energy is not None:
             widths = [builder.round_up(found.size_for_energy(request.energy), quiet=True) for found in spectra]
             sizes.hidden[:] = [max(widths)] * len(widths) if request.uniform else widths
+            if bert.MLM_SITE in builder.sites and not request.uniform:
+                head = _pooled_spectrum(stats, [bert.MLM_SITE], request.subspace, request.epsilon)
+                builder.mlm_size = builder.round_up(head.size_for_energy(request.energy), quiet=True)
         else:
             sizes.hidden[:] = [_width_for_removal(model, builder, request.remove or 0.0)] * len(sizes.hidden)
         return sizes
