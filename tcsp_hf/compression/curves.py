@@ -3,12 +3,12 @@
 The loss is the second-order (Fisher) estimate of the KL divergence to the dense model, `½ E[(sum over tokens of
 g'δ)²]`. What a part loses when it is cut alone, with its block's output linear solved again, comes from normal
 equations on the dense model's own activations (`g` enters through Gamma and its coherence over a sequence). Then the
-part is really cut in the dense model, at two sizes, on held-out sequences, and the curve is scaled to what that costs:
+part is really cut in the dense model, on held-out sequences, and the curve is scaled to what that costs:
 errors that add up over tokens, or that the estimate cannot see, are counted as they are.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,11 +32,12 @@ from .plan import Costs, LossCurves
 from .streams import padded_batches
 from .subspace import Spectrum
 
-_ROWS_PER_INPUT = 8  # tokens for every regressor in the curves' normal equations
+_ROWS_PER_INPUT = 4  # tokens for every regressor in the curves' normal equations
 _HIDDEN_REPAIR = 1 / 3  # what the refit leaves of the loss of a narrower site (measured: see the log)
 _HIDDEN_POWER = 0.5  # the refit repairs early sites better than the cut alone shows: half way (on a log scale)
-_PROBE_SEQUENCES = 96
+_PROBE_SEQUENCES = 64
 _PROBE_TOKENS = 4096
+_PROBE_BATCH = 512  # small batches of like lengths: there are few sequences, and padding would be most of it
 _SCALE_LIMIT = 100.0
 
 Alter = Callable[[Any], Any]
@@ -50,6 +51,10 @@ class _Record:
     scores: list[torch.Tensor]
     tokens: int = 0
     weight: float = 0.0
+
+
+class _Enough(Exception):
+    """Ends a forward pass behind the last block that is watched."""
 
 
 class CurveMeasure:
@@ -75,7 +80,8 @@ class CurveMeasure:
             self.objective = stats.objective
         self.device = dense.device
         rows = stats.sample.sequences()
-        self.probe = padded_batches(probe_sequences(stats, _PROBE_SEQUENCES, _PROBE_TOKENS), self.device)
+        probe = probe_sequences(stats, _PROBE_SEQUENCES, _PROBE_TOKENS)
+        self.probe = padded_batches(probe, self.device, _PROBE_BATCH)
         self.sequences = max(1, sum(len(batch["input_ids"]) for batch in self.probe))
         fit = [row for i, row in enumerate(rows) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1] or rows
         wanted = _ROWS_PER_INPUT * (costs.neurons + costs.full)
@@ -166,7 +172,7 @@ class CurveMeasure:
 
                 stack.callback(site.norm.register_forward_hook(project).remove)
 
-        sizes = [full // 4, full // 2, 3 * full // 4]
+        sizes = [max(1, full // 4), max(1, full // 2)]
         return _HIDDEN_REPAIR * self._scaled(curve, sizes, alter, _HIDDEN_POWER)
 
     # --- blocks ------------------------------------------------------------------------------------------------
@@ -217,6 +223,9 @@ class CurveMeasure:
         def keep_stream(name: str, module: Any, args: Any, output: torch.Tensor) -> None:
             seen[name] = self.norms[name].normalise(args[0].float())
 
+        def stop(module: Any, args: Any) -> None:
+            raise _Enough  # hooks run in the order of their registration: the scale was recorded before
+
         with ExitStack() as stack:
             for block in measured:
                 stack.callback(block.output.register_forward_pre_hook(partial(keep_input, block)).remove)
@@ -228,9 +237,12 @@ class CurveMeasure:
                         hook = partial(keep_output, (block.writes, key))
                         stack.callback(module.register_forward_hook(hook).remove)
             scales = stack.enter_context(self.metrics.recording([block.writes for block in measured]))
+            last = self.norms[measured[-1].writes].norm
+            stack.callback(last.register_forward_pre_hook(stop).remove)
             for batch in self.batches:
                 seen.clear()
-                self._forward(batch)
+                with suppress(_Enough):
+                    self._forward(batch)
                 for block in measured:
                     self._add(block, records[block.writes], seen, scales[block.writes], batch)
         return records
@@ -334,7 +346,7 @@ class CurveMeasure:
             gone[order[: neurons - size]] = True
             self._replace(block, self._without(moments, whole, gone), stack)
 
-        return self._scaled(curve, [neurons // 8, neurons // 2], alter)
+        return self._scaled(curve, [max(1, neurons // 8), max(1, neurons // 2)], alter)
 
     def _value_curve(
         self, block: Block, moments: torch.Tensor, whole: torch.Tensor, weighed: torch.Tensor, per_sequence: float
@@ -364,7 +376,7 @@ class CurveMeasure:
             )
             self._replace(block, again.T @ turn - whole, stack)
 
-        return self._scaled(per_sequence * curve.numpy(), [max(1, size // 4), max(1, size // 2)], alter)
+        return self._scaled(per_sequence * curve.numpy(), [max(1, size // 2)], alter)
 
     def _head_curve(
         self, block: Block, moments: torch.Tensor, whole: torch.Tensor, weighed: torch.Tensor, per_sequence: float
@@ -381,7 +393,7 @@ class CurveMeasure:
                 gone[head * size : (head + 1) * size] = True
             self._replace(block, self._without(moments, whole, gone), stack)
 
-        return self._scaled(curve, [max(1, heads // 2), heads - 1], alter)
+        return self._scaled(curve, [max(1, heads // 2)], alter)
 
     def _score_curve(self, block: Block, moments: list[torch.Tensor], per_sequence: float) -> np.ndarray:
         size = self.costs.head_size
@@ -410,7 +422,7 @@ class CurveMeasure:
 
             stack.callback(block.inner[0].register_forward_hook(narrow).remove)
 
-        return self._scaled(per_sequence * losses, [max(1, size // 4), max(1, size // 2)], alter)
+        return self._scaled(per_sequence * losses, [max(1, size // 2)], alter)
 
 
 def _first(rows: list[dict[str, list[int]]], tokens: int) -> list[dict[str, list[int]]]:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..architectures import t5_sites, sites_of
+from ..architectures import sites_of, t5_sites
 
 _RIDGE = 1e-3  # of the mean eigenvalue of the second moment
 _TOKENS_PER_DIMENSION = 16
