@@ -13,7 +13,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .calibration import Calibration, calibrate
-    from .compression import compress
+    from .compression.compress import compress
     from .configuration_tcsp import TCSPConfig
     from .configuration_tcsp_bert import TCSPBertConfig
     from .configuration_tcsp_t5 import TCSPT5Config

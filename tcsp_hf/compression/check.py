@@ -1,5 +1,7 @@
 """What a compressed model really lost, on sequences of the calibration's own sample."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -27,7 +29,7 @@ def probe_sequences(stats: Calibration, sequences: int, tokens: int) -> list[dic
     return chosen
 
 
-def measured_loss(dense: PreTrainedModel, small: PreTrainedModel, stats: Calibration) -> float | None:
+def measured_loss(dense: PreTrainedModel, small: Any, stats: Calibration) -> float | None:
     """Mean divergence to the dense model, in nats per sequence; None without a sample."""
     rows = probe_sequences(stats, _SEQUENCES, _TOKENS)
     if not rows:

@@ -114,7 +114,7 @@ def compress(
     else:
 
         def project(config: TCSPConfig) -> dict[str, torch.Tensor]:
-            return (bert if family == "bert" else t5).project(model, config, bases)  # type: ignore[arg-type]
+            return (bert if family == "bert" else t5).project(model, config, bases)
 
         small = builder.build(bases, stats, sizes, None, project, record)
     measured = measured_loss(model, small, stats)

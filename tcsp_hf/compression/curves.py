@@ -277,7 +277,8 @@ class CurveMeasure:
         weight = block.output.weight.detach().double()
         if self.family != "bert":
             return weight
-        gamma = self.norms[block.reads].norm.weight.detach().double()
+        norm: Any = self.norms[block.reads].norm
+        gamma = norm.weight.detach().double()
         residual = torch.diag(gamma)
         nothing = torch.zeros(self.costs.full, 1, dtype=torch.float64, device=self.device)
         whole = torch.cat([weight, residual, nothing], dim=1)

@@ -45,7 +45,8 @@ def allocate_by_latency(
             low = share
             share = (low + high) / 2
             continue
-        small = builder.model_class(builder.config(sizes)).to(builder.dense.device, builder.dense.dtype).eval()
+        small: Any = builder.model_class(builder.config(sizes))
+        small = small.to(device=builder.dense.device, dtype=builder.dense.dtype).eval()
         fraction = _time_ratio(run, builder.dense, small)
         rows.append({"flops": round(share, 4), "latency": round(fraction, 4)})
         if fraction <= target:

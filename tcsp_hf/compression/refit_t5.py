@@ -114,7 +114,8 @@ class _Stack:
     # --- pieces ------------------------------------------------------------------------------------------------
 
     def _gamma(self, name: str) -> torch.Tensor:
-        return self.sites[name].norm.weight.detach().to(self.device, torch.float64)  # type: ignore[union-attr, operator]
+        norm: Any = self.sites[name].norm
+        return norm.weight.detach().to(self.device, torch.float64)
 
     def _norm_name(self, name: str) -> str:
         if name.endswith(".final"):
@@ -219,7 +220,8 @@ class _Stack:
             self._add(equations, block.writes, group, [activations(group)], target, weights)
         metric = self.lift.T @ self.metrics.matrix(block.writes) @ self.lift
         problem, left = cut((equations, prior), symmetric_root(metric.cpu()).to(self.device))
-        solution = ridge(*problem, metric)
+        equations, prior = problem
+        solution = ridge(equations, prior, metric)
         kind = "wo" if block.kind == "ffn" else "o"
         self.result.tensors[f"{self._block_name(block)}.{kind}.weight"] = solution.T.cpu()
         weight = solution.float()
