@@ -44,8 +44,8 @@ def demo_command(
     remove: Annotated[float, typer.Option(help="Fraction of the parameters (embeddings apart) to remove.")] = 0.25,
     paragraphs: Annotated[
         int, typer.Option(help="Paragraphs whose sentences it is calibrated on, at most 400.", min=8, max=400)
-    ] = 400,
-    test_paragraphs: Annotated[int, typer.Option(help="Paragraphs to search, at most 600.", min=10, max=600)] = 400,
+    ] = 200,
+    test_paragraphs: Annotated[int, typer.Option(help="Paragraphs to search, at most 600.", min=10, max=600)] = 240,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -53,7 +53,7 @@ def demo_command(
     """Compress a sentence encoder with no label and no training, reload it with AutoModel, and compare.
 
     Calibrates on sentences of SQuAD v1.1 paragraphs that the package carries (CC BY-SA 4.0), then asks questions about
-    400 other paragraphs, of other articles, before and after. Under two minutes on two cores.
+    240 other paragraphs, of other articles, before and after. Under two minutes on two cores.
     """
     check_output_folder(output, overwrite)
     picture = pictures_possible()

@@ -36,7 +36,7 @@ _ROWS_PER_INPUT = 4  # tokens for every regressor in the curves' normal equation
 _HIDDEN_REPAIR = 1 / 3  # what the refit leaves of the loss of a narrower site (measured: see the log)
 _HIDDEN_POWER = 0.5  # the refit repairs early sites better than the cut alone shows: half way (on a log scale)
 _PROBE_SEQUENCES = 64
-_PROBE_TOKENS = 4096
+_PROBE_TOKENS = 1024
 _PROBE_BATCH = 512  # small batches of like lengths: there are few sequences, and padding would be most of it
 _SCALE_LIMIT = 100.0
 
@@ -172,7 +172,7 @@ class CurveMeasure:
 
                 stack.callback(site.norm.register_forward_hook(project).remove)
 
-        sizes = [max(1, full // 4), max(1, full // 2)]
+        sizes = [max(1, full // 2)]
         return _HIDDEN_REPAIR * self._scaled(curve, sizes, alter, _HIDDEN_POWER)
 
     # --- blocks ------------------------------------------------------------------------------------------------
