@@ -1,5 +1,6 @@
 """`tcsp demo`: the main job on a real model and real text."""
 
+import platform
 import re
 import time
 from pathlib import Path
@@ -17,10 +18,13 @@ from ..evaluation.latency import compare_latency
 from ..files import check_output_folder, new_folder
 from ..loading import DEMO_MODEL, demo_model_path, load_model, load_tokenizer
 from ..plots import demo_picture, pictures_possible
+from ..publish import CardResults, Evaluation, write_card
+from ..publish.results import Latency
 from .common import (
     JsonOption,
     OverwriteOption,
     QuietOption,
+    command_line,
     folder_bytes,
     print_json,
     print_table,
@@ -31,6 +35,7 @@ _LATENCY_SHAPES = ((1, 32), (8, 128))
 
 
 def demo_command(
+    context: typer.Context,
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the model and the picture.")] = Path(
         "tcsp-demo"
     ),
@@ -81,10 +86,38 @@ def demo_command(
         result["bytes"] = (dense_bytes, folder_bytes(staging))
         if picture:
             demo_picture(staging / "demo.png", stats, widths, _bars(result))
+        _write_card(staging, result, name, command_line(context), picture)
     result["removed"] = removed_fraction(dense, small)
     result["hidden_size"] = (dense.config.hidden_size, min(widths.values()), max(widths.values()))
     result["seconds"] = {"calibrate": calibrated, "all": time.perf_counter() - started}
     _show(model if model is not None else DEMO_MODEL, output, stats.tokens, result, picture, as_json)
+
+
+def _write_card(folder: Path, result: dict[str, Any], model: str, command: str, picture: bool) -> None:
+    scores = tuple(
+        Evaluation(
+            "sentence-similarity",
+            "rajpurkar/squad",
+            "validation",
+            f"recall@{rank}",
+            result["recall_small"][i],
+            result["recall_dense"][i],
+            name=f"SQuAD v1.1, {result['questions']} questions about {result['paragraphs']} paragraphs",
+        )
+        for i, rank in enumerate((1, 10))
+    )
+    times = tuple(
+        Latency(entry["batch"], entry["length"], entry["dense_ms"], entry["small_ms"]) for entry in result["latency"]
+    )
+    shown = CardResults(
+        command=command,
+        base_model=DEMO_MODEL if model == demo_model_path() else model,
+        license="apache-2.0" if model == demo_model_path() else None,
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}",
+        evaluations=scores,
+        latency=times,
+    )
+    write_card(folder, shown, pictures={"Spectra, and the comparison": folder / "demo.png"} if picture else None)
 
 
 def _sentences(paragraph: str) -> list[str]:
