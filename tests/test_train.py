@@ -51,16 +51,19 @@ def losses(trainer: Any) -> list[float]:
 @pytest.mark.parametrize("case", HEADS, ids=str)
 @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no-labels"])
 def test_train_compresses_and_learns(case: Case, labelled: bool, tmp_path: Path) -> None:
-    trainer = make_trainer(case, tmp_path, labelled=labelled, num_train_epochs=6)
+    # far below the dense width, and all rows in one step: there is something to learn, and no noise of batches
+    trainer = make_trainer(
+        case, tmp_path, labelled=labelled, hidden_size=8, num_train_epochs=20, per_device_train_batch_size=64
+    )
     dense = trainer.model
     before = weights(dense)
     trainer.train()
     assert trainer.model.config.model_type.startswith("tcsp_")
-    assert trainer.model.config.hidden_size == 16
+    assert trainer.model.config.hidden_size == 8
     assert trainer.model.config.projection["calibration"]["sequences"] == len(trainer.train_dataset)
     assert same(before, weights(dense)), "the teacher must not be trained"
     found = losses(trainer)
-    assert sum(found[-3:]) < sum(found[:3])
+    assert sum(found[-5:]) < sum(found[:5])
 
 
 def test_hidden_size_of_a_compressed_model_is_left_alone(tmp_path: Path) -> None:
