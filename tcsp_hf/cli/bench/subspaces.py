@@ -45,8 +45,8 @@ def subspaces_command(
     rows: list[dict[str, Any]] = []
     for size in sizes:
         for projection, subspace in _WAYS:
-            small = compress(bench.dense, bench.stats, hidden_size=size, projection=projection, subspace=subspace)
-            way = {"hidden_size": size, "projection": projection, "subspace": subspace}
+            way: dict[str, Any] = {"hidden_size": size, "projection": projection, "subspace": subspace}
+            small = compress(bench.dense, bench.stats, **way, refit=False)
             rows.append({**way, **scored(bench, small)})
     columns = {"hidden_size": "hidden size", "removed": "removed", "projection": "projection", "subspace": "subspace"}
     show(bench, model, rows, {**columns, **score_columns(bench)}, as_json)
