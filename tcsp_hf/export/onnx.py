@@ -10,8 +10,10 @@ BERT classifier, they agreed with PyTorch as well as this does (below 1e-6).
 """
 
 import contextlib
+import copy
 import importlib
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -91,7 +93,8 @@ def export_onnx(
         model: a dense or compressed BERT or T5 in float32, in evaluation mode.
         folder: existing or new; files of the same names must not be there.
         tolerance: largest difference of any output that is accepted, relative to the output's largest entry where
-            that is above 1.
+            that is above 1. A model whose own rounding error in PyTorch (float32 against float64, on the same inputs)
+            is above a quarter of it may differ by four times that error.
         progress: show a bar; None shows it on a terminal only.
 
     Returns:
@@ -116,7 +119,7 @@ def export_onnx(
             path = Path(temporary) / f"{graph.name}.onnx"
             _write(model.eval(), graph, path)
             difference = _difference(runtime, model, graph, path)
-            if not difference <= tolerance:
+            if not difference <= tolerance and not difference <= 4.0 * _rounding(model, graph):
                 raise TCSPError(
                     f"{path.name} differs from PyTorch by {difference:.1e}, above the tolerance of {tolerance:.0e}: "
                     "nothing was written."
@@ -321,19 +324,41 @@ def _write(model: PreTrainedModel, graph: _Graph, path: Path) -> None:
     program.save(str(path))
 
 
+def _checked_inputs(graph: _Graph) -> Iterator[Tensors]:
+    """The same random inputs each time, at a few batches and lengths."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for batch, length in _CHECKED:
+            yield graph.make(batch, length)
+
+
+def _distance(reference: torch.Tensor, found: torch.Tensor) -> float:
+    """Largest difference, relative to the reference's largest entry where that is above 1; infinite for other shapes."""
+    if reference.shape != found.shape:
+        return float("inf")
+    return float((reference - found).abs().max()) / max(1.0, float(reference.abs().max()))
+
+
 def _difference(runtime: Any, model: PreTrainedModel, graph: _Graph, path: Path) -> float:
     """Largest difference between ONNX Runtime and PyTorch over all outputs and a few batches and lengths."""
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     read = {value.name for value in session.get_inputs()}
-    largest = 0.0
-    for batch, length in _CHECKED:
-        inputs = graph.make(batch, length)
+    differences = [0.0]
+    for inputs in _checked_inputs(graph):
         expected = graph.run(model, inputs)
         fed = {name: value.cpu().numpy() for name, value in inputs.items() if name in read}
         for value, output in zip(expected.values(), session.run(list(expected), fed), strict=True):
-            reference = value.detach().cpu()
-            scale = max(1.0, float(reference.abs().max()))
-            if reference.shape != output.shape:
-                return float("inf")
-            largest = max(largest, float((reference - torch.from_numpy(output)).abs().max()) / scale)
-    return largest
+            differences.append(_distance(value.detach().cpu(), torch.from_numpy(output)))
+    return math.nan if any(map(math.isnan, differences)) else max(differences)
+
+
+def _rounding(model: PreTrainedModel, graph: _Graph) -> float:
+    """Largest difference between the model in float32 and in float64, on the inputs of `_difference`."""
+    exact = copy.deepcopy(model).double()
+    differences = [0.0]
+    for inputs in _checked_inputs(graph):
+        doubled = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+        references = graph.run(exact, doubled)
+        for value, reference in zip(graph.run(model, inputs).values(), references.values(), strict=True):
+            differences.append(_distance(reference, value.double()))
+    return max(differences)
