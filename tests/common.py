@@ -4,6 +4,7 @@ Everything is tiny (32 wide, 2 layers, 120 tokens) and reproducible: a seed is a
 """
 
 import itertools
+import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -209,6 +210,11 @@ def _plant_bert(model: PreTrainedModel, k: int, own: bool, generator: torch.Gene
 
 
 # Inputs and outputs ------------------------------------------------------------------------------------------------
+
+
+def processor_share() -> int:
+    """Processors of the machine over processes that run tests."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
 
 
 def make_inputs(case: Case, seed: int = 0) -> dict[str, torch.Tensor]:

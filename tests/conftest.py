@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import that reads it:
 
 import pytest
 import torch
-from common import make_tokenizer
+from common import make_tokenizer, processor_share
 from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
@@ -38,9 +38,9 @@ def shared() -> Path:
 
 @pytest.fixture
 def all_threads() -> Iterator[None]:
-    """As many threads as the machine has processors, for a test on a real model."""
+    """The share of the machine's processors that falls to this process, for a test on a real model."""
     before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(processor_share())
     yield
     torch.set_num_threads(before)
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from common import processor_share
 
 nbformat = pytest.importorskip("nbformat", reason="pip install 'tcsp_hf[notebooks]'")
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
@@ -60,7 +61,8 @@ def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     if absent is not None:
         pytest.skip(f"{absent} is not there yet")
     root = str(Path(__file__).parents[1])
-    for name, value in {"TCSP_SMALL": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}.items():
+    environment = {"TCSP_SMALL": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(processor_share())}
+    for name, value in {**environment, "HF_HOME": str(tmp_path / "home")}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TCSP_DATA_DIR", raising=False)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]))

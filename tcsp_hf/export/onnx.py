@@ -333,7 +333,7 @@ def _checked_inputs(graph: _Graph) -> Iterator[Tensors]:
 
 
 def _distance(reference: torch.Tensor, found: torch.Tensor) -> float:
-    """Largest difference, relative to the reference's largest entry where that is above 1; infinite for other shapes."""
+    """Largest difference, relative to the reference's largest entry if that is above 1; infinite for other shapes."""
     if reference.shape != found.shape:
         return float("inf")
     return float((reference - found).abs().max()) / max(1.0, float(reference.abs().max()))
