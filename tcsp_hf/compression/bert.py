@@ -6,7 +6,6 @@ import torch
 from transformers import PreTrainedModel
 
 from .. import modeling_tcsp_bert
-from ..configuration_tcsp_bert import TCSPBertConfig
 from .least_squares import NormalEquations, ridge
 from .plan import Sizes
 from .refit_bert import RefitResult
@@ -50,7 +49,7 @@ def dense_tensors(dense: PreTrainedModel) -> Tensors:
     return {name: value.detach().to("cpu", torch.float64) for name, value in dense.state_dict().items()}
 
 
-def project(dense: PreTrainedModel, config: TCSPBertConfig, bases: dict[str, Basis]) -> Tensors:
+def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
     """State dict of the compressed model; bases: site name -> subspace, in the order of the forward pass."""
     source = dense_tensors(dense)
     prefix = "bert." if hasattr(dense, "bert") else ""
@@ -61,7 +60,7 @@ def project(dense: PreTrainedModel, config: TCSPBertConfig, bases: dict[str, Bas
         return source[f"{prefix}{name}.weight"], source[f"{prefix}{name}.bias"]
 
     def norm_scale(basis: Basis) -> torch.Tensor:
-        scale = math.sqrt(basis.gain * config.dense_hidden_size / basis.size)
+        scale = math.sqrt(basis.gain * dense.config.hidden_size / basis.size)
         return torch.full((basis.size,), scale, dtype=torch.float64)
 
     def reader(name: str, gamma: torch.Tensor, beta: torch.Tensor, basis: Basis) -> Tensors:
@@ -80,7 +79,7 @@ def project(dense: PreTrainedModel, config: TCSPBertConfig, bases: dict[str, Bas
 
     gamma, beta = norm("embeddings.LayerNorm")
     here = first
-    for i in range(config.num_hidden_layers):
+    for i in range(dense.config.num_hidden_layers):
         layer = f"{prefix}encoder.layer.{i}"
         parts = [reader(f"{layer}.attention.self.{p}", gamma, beta, here) for p in ("query", "key", "value")]
         for kind in ("weight", "bias"):
@@ -94,7 +93,7 @@ def project(dense: PreTrainedModel, config: TCSPBertConfig, bases: dict[str, Bas
             dense_weight = source[f"{layer}.{block}.dense.weight"]
             result[f"{layer}.{block}.dense.weight"] = writer.T @ dense_weight
             result[f"{layer}.{block}.dense.bias"] = writer.T @ (source[f"{layer}.{block}.dense.bias"] + beta)
-            full = here.size == there.size == config.dense_hidden_size
+            full = here.size == there.size == dense.config.hidden_size
             result[f"{layer}.{block}.residual.weight"] = (
                 gamma.clone() if full else writer.T @ (gamma[:, None] * here.decoder)
             )

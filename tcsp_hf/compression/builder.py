@@ -167,14 +167,14 @@ class Builder:
         stats: Calibration,
         sizes: Sizes,
         kept_heads: list[list[int]] | None,
-        tensors: Callable[[TCSPConfig], dict[str, torch.Tensor]],
+        tensors: dict[str, torch.Tensor],
         record: dict[str, Any],
     ) -> PreTrainedModel:
         """The compressed model of these sizes.
 
         Args:
             bases: the subspace of every site.
-            tensors: from its configuration, its state dict.
+            tensors: its state dict.
             record: more fields of `config.projection`.
         """
         config = self.config(sizes, kept_heads)
@@ -196,11 +196,10 @@ class Builder:
             "calibration": stats.summary(),
             **record,
         }
-        values = tensors(config)
         with no_init_weights():
             small = self.model_class(config)
         small.tie_weights()
-        self._load(small, values)
+        self._load(small, tensors)
         after = count_parameters(small).non_embedding
         small.config.projection["removed"] = round(1.0 - after / count.non_embedding, 6)
         if self.dense.can_generate():

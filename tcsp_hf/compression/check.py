@@ -29,12 +29,17 @@ def probe_sequences(stats: Calibration, sequences: int, tokens: int) -> list[dic
     return chosen
 
 
+def objective_name(dense: PreTrainedModel, stats: Calibration) -> str:
+    """What the model's outputs are compared by: the statistics' objective, or the head's own for those without."""
+    return stats.objective if stats.objective != "none" else objective_of(dense, "mean")[0]
+
+
 def measured_loss(dense: PreTrainedModel, small: Any, stats: Calibration) -> float | None:
     """Mean divergence to the dense model, in nats per sequence; None without a sample."""
     rows = probe_sequences(stats, _SEQUENCES, _TOKENS)
     if not rows:
         return None
-    objective = stats.objective if stats.objective != "none" else objective_of(dense, "mean")[0]
+    objective = objective_name(dense, stats)
     total, training = 0.0, [module for module in dense.modules() if module.training]
     dense.eval()
     with torch.no_grad():

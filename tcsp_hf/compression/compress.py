@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from ..architectures import dense_hidden_size, family_of
 from ..calibration import Calibration
-from ..configuration_tcsp import TCSPConfig
 from ..errors import TCSPError
 from . import bert, t5
 from .builder import Builder
@@ -112,11 +111,8 @@ def compress(
     if request.refit:
         small = _refit(model, stats, request, builder, bases, sizes, record, progress)
     else:
-
-        def project(config: TCSPConfig) -> dict[str, torch.Tensor]:
-            return (bert if family == "bert" else t5).project(model, config, bases)
-
-        small = builder.build(bases, stats, sizes, None, project, record)
+        tensors = (bert if family == "bert" else t5).project(model, bases)
+        small = builder.build(bases, stats, sizes, None, tensors, record)
     measured = measured_loss(model, small, stats)
     if measured is not None:
         small.config.projection["options"]["measured_kl"] = round(measured, 8)
@@ -202,21 +198,14 @@ def _refit(
         )
     if builder.family == "t5":
         solved = refit_t5(model, stats, bases, sizes, progress)
-        return builder.build(
-            bases,
-            stats,
-            sizes,
-            solved.kept_heads,
-            lambda config: t5.assemble(model, config, bases, solved),  # type: ignore[arg-type]
-            record,
-        )
+        return builder.build(bases, stats, sizes, solved.kept_heads, t5.assemble(model, bases, solved), record)
     sample = PackedSample(stats.sample.sequences())
     fixed = bases if request.kind == "shared" else None
     widths = builder.widths(sizes)
     each = replace(sizes, hidden=[width for name, width in widths.items() if name != bert.MLM_SITE])
     made = BertRefit(model, stats, sample, each, request.subspace, request.epsilon, progress, fixed).run()
     found = {**bases, **made.bases}
-    return builder.build(found, stats, sizes, None, lambda _config: bert.assemble(model, found, made), record)
+    return builder.build(found, stats, sizes, None, bert.assemble(model, found, made), record)
 
 
 @dataclass(frozen=True)

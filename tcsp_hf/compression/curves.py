@@ -22,13 +22,12 @@ from transformers import PreTrainedModel
 from ..architectures import Block, blocks_of, family_of, sites_of
 from ..calibration import Calibration
 from ..calibration.divergence import divergence, model_inputs
-from ..calibration.objectives import objective_of
-from .check import probe_sequences
+from .check import objective_name, probe_sequences
 from .filters import drop_inputs
 from .heads import drop_heads, inverse_root, score_moments
 from .least_squares import HELD_OUT_EVERY, NormalEquations, solve
 from .metrics import Metrics
-from .plan import Costs, LossCurves
+from .plan import Costs, LossCurves, filter_step
 from .streams import padded_batches
 from .subspace import Spectrum
 
@@ -39,8 +38,6 @@ _PROBE_SEQUENCES = 64
 _PROBE_TOKENS = 1024
 _PROBE_BATCH = 512  # small batches of like lengths: there are few sequences, and padding would be most of it
 _SCALE_LIMIT = 100.0
-
-Alter = Callable[[Any], Any]
 
 
 @dataclass
@@ -75,9 +72,7 @@ class CurveMeasure:
         self.family, _ = family_of(dense)
         self.blocks = blocks_of(dense)
         self.norms = {site.name: site for site in sites_of(dense)}
-        self.objective, _ = objective_of(dense, "mean")
-        if stats.objective != "none":
-            self.objective = stats.objective
+        self.objective = objective_name(dense, stats)
         self.device = dense.device
         rows = stats.sample.sequences()
         probe = probe_sequences(stats, _PROBE_SEQUENCES, _PROBE_TOKENS)
@@ -93,9 +88,6 @@ class CurveMeasure:
             "decoder": sum(len(row.get("decoder_input_ids", ())) for row in rows) / count,
         }
         self.expected: list[Any] = []
-        attended = {block.writes: i for i, block in enumerate(b for b in self.blocks if b.attends)}
-        connected = {block.writes: i for i, block in enumerate(b for b in self.blocks if not b.attends)}
-        self.number = {**attended, **connected}
 
     def run(self, progress: bool | None = None) -> LossCurves:
         with torch.no_grad(), _eager(self.dense):
@@ -123,8 +115,7 @@ class CurveMeasure:
         with ExitStack() as stack:
             alter(stack)
             for batch, expected in zip(self.probe, self.expected, strict=True):
-                inputs = {**batch}
-                total += float(divergence(self.dense, self.objective, inputs, expected, self._forward(batch)))
+                total += float(divergence(self.dense, self.objective, batch, expected, self._forward(batch)))
         return total / self.sequences
 
     def _scaled(
@@ -337,8 +328,8 @@ class CurveMeasure:
         self, block: Block, moments: torch.Tensor, whole: torch.Tensor, weighed: torch.Tensor, per_sequence: float
     ) -> np.ndarray:
         neurons = self.costs.neurons
-        step = max(1, neurons // 96)
-        _, points, order = drop_inputs(moments, weighed, neurons, step, max(1, neurons // 48))
+        step = filter_step(neurons)
+        _, points, order = drop_inputs(moments, weighed, neurons, step, 2 * step)
         left = [float(count) for count, _ in points][::-1]
         curve = per_sequence * np.interp(np.arange(neurons + 1), left, [value for _, value in points][::-1])
 

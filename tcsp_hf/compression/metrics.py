@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..architectures import family_of, sites_of
 from ..calibration import Calibration
 from ..calibration.divergence import model_inputs
+from .check import objective_name
 from .least_squares import Segments
 from .subspace import symmetric_root
 
@@ -32,11 +33,10 @@ class Metrics:
         self.sites = {site.name: site for site in sites_of(dense)}
         names = [name for name in self.sites if name != "mlm_head"]
         layers = dense.config.num_hidden_layers
-        # a head on the pooler reads only the first token of the last layer
-        pooled = self.family == "bert" and hasattr(dense, "bert") and dense.base_model.pooler is not None
-        if stats.objective in ("embedding-cls", "embedding-pooler"):
-            pooled = True
-        self._idle = set(names[2 * layers - 1 :]) if pooled else set()
+        # what reads the pooler or the first token sees only that token of the last layer
+        first = ("classification", "embedding-cls", "embedding-pooler")
+        reads_first = self.family == "bert" and objective_name(dense, stats) in first
+        self._idle = set(names[2 * layers - 1 :]) if reads_first else set()
         regressors = self.full + int(dense.config.intermediate_size if self.family == "bert" else dense.config.d_ff)
         self.segment_tokens = stats.sample.tokens // (_ROWS_PER_REGRESSOR * regressors)
         self._squares: dict[str, float] = dict.fromkeys(names, 1.0)

@@ -16,8 +16,13 @@ AXES = ("hidden", "filters", "heads")
 PARTS = {"hidden": ("hidden",), "filters": ("filters",), "heads": ("heads", "qk", "vo")}
 """Axis -> the lists of `Sizes` that it shrinks."""
 _HEAD_STEP = 4
-_FILTER_STEPS = 96  # a feed-forward network shrinks by this fraction of its neurons at a time
+_FILTER_STEPS = 96
 _SMALLEST_HIDDEN = 16
+
+
+def filter_step(neurons: int) -> int:
+    """How many of a feed-forward network's neurons go at a time."""
+    return max(1, neurons // _FILTER_STEPS)
 
 
 @dataclass
@@ -289,7 +294,7 @@ def _step(kind: str, costs: Costs, multiple_of: int) -> tuple[int, int]:
     if kind == "hidden":
         return multiple_of, min(max(multiple_of, _SMALLEST_HIDDEN), costs.full)
     if kind == "filters":
-        step = max(1, costs.neurons // _FILTER_STEPS)
+        step = filter_step(costs.neurons)
         return step, step
     if kind == "heads":
         return 1, 1

@@ -7,7 +7,6 @@ from transformers import PreTrainedModel
 
 from .. import modeling_tcsp_t5
 from ..architectures import blocks_of
-from ..configuration_tcsp_t5 import TCSPT5Config
 from .plan import Sizes
 from .refit_t5 import T5Refit
 from .subspace import Basis
@@ -53,9 +52,9 @@ def config_fields(
     }
 
 
-def assemble(dense: PreTrainedModel, config: TCSPT5Config, bases: dict[str, Basis], made: T5Refit) -> Tensors:
+def assemble(dense: PreTrainedModel, bases: dict[str, Basis], made: T5Refit) -> Tensors:
     """State dict of a refit model: the solved blocks, and the heads that read them."""
-    tensors = {**project(dense, config, bases), **made.tensors}
+    tensors = {**project(dense, bases), **made.tensors}
     prefix = "transformer." if hasattr(dense, "transformer") else ""
     for stack, lift in made.lifts.items():
         tensors[f"{prefix}{stack}.lift_map.weight"] = lift
@@ -66,12 +65,12 @@ def _source(dense: PreTrainedModel) -> Tensors:
     return {name: value.detach().to("cpu", torch.float64) for name, value in dense.state_dict().items()}
 
 
-def project(dense: PreTrainedModel, config: TCSPT5Config, bases: dict[str, Basis]) -> Tensors:
+def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
     """State dict of the compressed model; all sites of a stack hold the same decoder and encoder, with own gains."""
     source = _source(dense)
     prefix = "transformer." if hasattr(dense, "transformer") else ""
     result: Tensors = {}
-    size = config.dense_hidden_size
+    size = dense.config.d_model
 
     def norm_scale(basis: Basis) -> torch.Tensor:
         scale = math.sqrt(basis.gain * size / basis.size)
@@ -87,7 +86,7 @@ def project(dense: PreTrainedModel, config: TCSPT5Config, bases: dict[str, Basis
     for stack in stacks:
         top = f"{prefix}{stack}"
         result[f"{top}.embed_tokens.weight"] = table @ bases[f"{stack}.final"].encoder
-        layers = config.layers_of(stack)
+        layers = sum(name.startswith(f"{stack}.") and name.endswith(".ffn") for name in bases)
         parts = ("attention", "ffn") if stack == "encoder" else ("attention", "cross", "ffn")
         for i in range(layers):
             for j, part in enumerate(parts):
