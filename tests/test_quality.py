@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from common import find, make_dense, make_small, make_tokenizer
+from datasets import Dataset
 from scipy.stats import spearmanr
 from sklearn.metrics import matthews_corrcoef
 from transformers import PreTrainedTokenizerFast
@@ -16,8 +17,9 @@ from tcsp_hf import TCSPError
 from tcsp_hf.baselines import BASELINES
 from tcsp_hf.cli.main import app
 from tcsp_hf.evaluation import quality
+from tcsp_hf.evaluation.load_task import load_task
 from tcsp_hf.evaluation.quality import METHODS, shortfalls
-from tcsp_hf.evaluation.scoring import Matthews, Regression, Retrieval, Similarity, load_task, spearman
+from tcsp_hf.evaluation.scoring import Matthews, Regression, Retrieval, Similarity
 from tcsp_hf.files import write_whole
 
 BERT = find("bert-ForSequenceClassification")
@@ -272,8 +274,6 @@ def test_models_and_data_that_do_not_fit(data: Path, tmp_path: Path) -> None:
 def test_figures_of_the_tasks() -> None:
     generator = torch.Generator().manual_seed(0)
     one, other = (torch.randint(0, 6, (50,), generator=generator).float() for _ in range(2))
-    assert spearman(one, other) == pytest.approx(spearmanr(one, other).statistic)
-    assert spearman(one, torch.ones(50)) == 0.0
     labels = [i % 2 for i in range(50)]
     logits = torch.randn(50, 2, generator=generator)
     found = Matthews("cola", ["x"] * 50, labels).score(logits, logits)
@@ -332,3 +332,51 @@ def test_scores_read_compressed_encoders_in_the_dense_space(tokenizer: PreTraine
     found = [task.outputs(model, tokenizer, False, "") for model in (dense, whole)]
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
     assert task.mean_length(tokenizer) == 4
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny SQuAD and MRPC in the layout of TCSP_DATA_DIR."""
+    folder = tmp_path_factory.mktemp("tasks")
+    words = [f"w{i}" for i in range(100)]
+    for split, count in (("train", 60), ("validation", 12)):
+        pairs, questions = [], []
+        for i in range(count):
+            chosen = words[i : i + 12]
+            start = sum(len(word) + 1 for word in chosen[:5])
+            answers = {"text": [chosen[5]], "answer_start": [start]}
+            questions.append({"id": str(i), "context": " ".join(chosen), "question": words[i], "answers": answers})
+            pairs.append({"sentence1": " ".join(chosen), "sentence2": words[i], "label": i % 2, "idx": i})
+        for name, rows in (("squad", questions), ("glue/mrpc", pairs)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            Dataset.from_list(rows).to_parquet(str(folder / name / f"{split}.parquet"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "score"),
+    [
+        ("bert-ForQuestionAnswering", "squad", "F1"),
+        ("t5-ForConditionalGeneration", "mrpc", "accuracy"),
+        ("t5-ForConditionalGeneration", "squad", "F1"),
+    ],
+)
+def test_spans_and_written_answers(
+    name: str, task: str, score: str, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TCSP_DATA_DIR", str(tasks))
+    folder = tmp_path / "dense"
+    make_dense(find(name), torch.float32).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    more = ("--remove", "0.3", "--methods", "ours,magnitude", "--eval-samples", 10, "--json")
+    found = json.loads(bench(folder, Path(task), tmp_path / "table", *more))
+    assert (found["dense"]["score_name"], found["dense"]["items"]) == (score, 10)
+    model = make_dense(find(name), torch.float32)
+    chosen = load_task(model, task, items=10)
+    outputs = chosen.outputs(model, make_tokenizer(), False, "")
+    dense = chosen.score(outputs, outputs)
+    assert (dense.distance, dense.agreement) == (0.0, 1.0)
+    assert dense.score == pytest.approx(found["dense"]["score"])
+    for row in found["rows"]:
+        assert "error" not in row
+        assert 0.0 <= row["score"] <= 1.0 and row["distance"] > 0.0 and 0.0 <= row["agreement"] <= 1.0

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..data.sources import first_rows
 from ..files import check_output_folder, new_folder
 from ..loading import load_model, load_tokenizer
 from ..tasks import TASKS, find_task, score
@@ -52,10 +53,6 @@ Bf16Option = Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast: les
 def bars_hidden(quiet: bool, as_json: bool) -> bool:
     """Whether the Trainer shows no bar: asked for, or not on a terminal."""
     return quiet or as_json or not sys.stderr.isatty()
-
-
-def first_rows(data: Any, count: int | None) -> Any:
-    return data if count is None else data.select(range(min(count, len(data))))
 
 
 def score_rows(task: Task, scores: dict[str, float]) -> list[list[str]]:

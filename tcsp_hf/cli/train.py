@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..compression import removed_fraction
-from ..data.sources import load_data
+from ..data.sources import first_rows, load_data
 from ..errors import TCSPError
 from ..files import check_output_folder, new_folder
 from ..loading import load_model, load_tokenizer
@@ -30,7 +30,6 @@ from .finetune import (
     TrainSamplesOption,
     TrainSplitOption,
     bars_hidden,
-    first_rows,
     score_rows,
 )
 

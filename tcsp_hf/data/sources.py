@@ -62,6 +62,11 @@ def load_data(name: str, split: str = "train") -> Any:
         ) from error
 
 
+def first_rows(data: Any, count: int | None) -> Any:
+    """The first rows of a dataset, or all of them."""
+    return data if count is None else data.select(range(min(count, len(data))))
+
+
 def _from_folder(folder: Path, split: str) -> Any:
     for suffix in _READERS:
         if (folder / f"{split}{suffix}").is_file():

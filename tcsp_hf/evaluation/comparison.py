@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from ..calibration import Calibration, calibrate
 from ..data.sources import load_data
 from ..loading import load_model, load_tokenizer
-from .scoring import Score, Task, load_task
+from .load_task import load_task
+from .scoring import Score, Task
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Comparison:
 
     dense: PreTrainedModel
     tokenizer: Any
-    task: Task
+    task: Task[Any]
     data: Any
     sequences: int
     seed: int
@@ -49,16 +50,18 @@ class Comparison:
         progress: bool | None,
         *,
         split: str = "validation",
+        items: int | None = None,
         calibration: str | None = None,
         device: str = "cpu",
     ) -> "Comparison":
-        """Load everything by name; `calibration` names other data to calibrate on than the task's own.
+        """Load everything by name; `calibration` names other data to calibrate on than the task's own,
+        `items` limits the rows that are scored.
 
         Raises:
             TCSPError: a model or data that cannot be loaded, or that do not fit together.
         """
         dense = load_model(model, device=device)
-        found = load_task(dense, task, split)
+        found = load_task(dense, task, split, items)
         data = load_data(task if calibration is None else calibration, "train")
         return cls(dense, load_tokenizer(model), found, data, sequences, seed, progress)
 
@@ -82,7 +85,7 @@ class Comparison:
         return stats
 
     @cached_property
-    def reference(self) -> torch.Tensor:
+    def reference(self) -> Any:
         """The dense model's outputs on the task."""
         return self.task.outputs(self.dense, self.tokenizer, self.progress, "dense")
 

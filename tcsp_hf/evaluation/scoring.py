@@ -1,24 +1,24 @@
-"""Tasks to score models on: labelled texts for a classifier, pairs or a search for a sentence encoder."""
+"""What models are scored on: labelled texts for a classifier, pairs or a search for a sentence encoder."""
 
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
-from ..architectures import family_of
 from ..calibration.inputs import TEXT_COLUMNS
-from ..data import load_squad_sample
-from ..data.sources import SAMPLE, load_data
 from ..errors import TCSPError
-from .classification import compare, predict
+from ..tasks.metrics import matthews_correlation, spearmanr
+from ..tasks.predict import predict
+from .classification import compare
 from .embeddings import embed, recall_at
 
 _CLASSIFIED, _EMBEDDED = 128, 256  # tokens per text, as `predict` and `embed` cut them
 Texts = list[str] | list[tuple[str, str]]
+Outputs = TypeVar("Outputs")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Score:
     agreement: float | None
 
 
-class Task(ABC):
+class Task(ABC, Generic[Outputs]):
     """Texts, what a model makes of them, and what that is worth.
 
     Attributes:
@@ -59,11 +59,11 @@ class Task(ABC):
         """Every text that a model reads for a score."""
 
     @abstractmethod
-    def outputs(self, model: PreTrainedModel, tokenizer: Any, progress: bool | None, description: str) -> torch.Tensor:
-        """What `score` compares: logits (texts, classes) or embeddings (texts, D)."""
+    def outputs(self, model: PreTrainedModel, tokenizer: Any, progress: bool | None, description: str) -> Outputs:
+        """What `score` compares: logits (texts, classes), embeddings (texts, D) or answers."""
 
     @abstractmethod
-    def score(self, reference: torch.Tensor, outputs: torch.Tensor) -> Score:
+    def score(self, reference: Outputs, outputs: Outputs) -> Score:
         """Score a model's outputs; `reference` holds the dense model's."""
 
     def calibration_texts(self, data: Any, sequences: int, seed: int) -> Any:
@@ -88,7 +88,7 @@ def _tokenise(tokenizer: Any, texts: Texts, max_length: int) -> list[list[int]]:
     return found
 
 
-class _Labelled(Task):
+class _Labelled(Task[torch.Tensor]):
     """Texts with labels, for a model with a sequence classification head."""
 
     def __init__(self, name: str, texts: Texts, labels: Sequence[float]) -> None:
@@ -124,7 +124,7 @@ class Matthews(Classification):
     score_name = "Matthews correlation"
 
     def _value(self, accuracy: float, outputs: torch.Tensor) -> float:
-        return _correlation(torch.stack([outputs.argmax(-1).double(), self.labels.double()]))
+        return matthews_correlation(outputs.argmax(-1).numpy(), self.labels.numpy())
 
 
 class Regression(_Labelled):
@@ -134,10 +134,10 @@ class Regression(_Labelled):
 
     def score(self, reference: torch.Tensor, outputs: torch.Tensor) -> Score:
         distance = 0.5 * (reference.double() - outputs.double()).square().mean()
-        return Score(spearman(outputs[:, 0], self.labels), float(distance), None)
+        return Score(spearmanr(outputs[:, 0].numpy(), self.labels.numpy()), float(distance), None)
 
 
-class _Embedding(Task):
+class _Embedding(Task[torch.Tensor]):
     """Sentence embeddings: mean-pooled, mapped back to the dense space, compared by cosine."""
 
     distance_name = "1 - cosine"
@@ -149,7 +149,7 @@ class _Embedding(Task):
 
     def calibration_texts(self, data: Any, sequences: int, seed: int) -> Any:
         """Single texts, each once: an encoder never reads pairs."""
-        texts = data if isinstance(data, list) else _columns_of(data)[0]
+        texts = data if isinstance(data, list) else columns_of(data)[0]
         single = [part for text in texts for part in ([text] if isinstance(text, str) else text)]
         return super().calibration_texts(list(dict.fromkeys(single)), sequences, seed)
 
@@ -175,7 +175,7 @@ class Similarity(_Embedding):
 
     def score(self, reference: torch.Tensor, outputs: torch.Tensor) -> Score:
         first, second = outputs.split(len(self.pairs))
-        value = spearman((first * second).sum(1), self.labels)
+        value = spearmanr((first * second).sum(1).numpy(), self.labels.numpy())
         return Score(value, self.distance(reference, outputs), None)
 
 
@@ -202,63 +202,7 @@ class Retrieval(_Embedding):
         return Score(recall, self.distance(reference, outputs), float((best[0] == best[1]).float().mean()))
 
 
-def spearman(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Rank correlation of two (n,) tensors, ties at their mean rank; 0 where one is constant."""
-    return _correlation(torch.stack([_ranks(one), _ranks(other)]))
-
-
-def _correlation(rows: torch.Tensor) -> float:
-    """Pearson correlation of rows (2, n); 0 where one is constant."""
-    if bool((rows == rows[:, :1]).all(1).any()):
-        return 0.0
-    return float(torch.corrcoef(rows)[0, 1])
-
-
-def _ranks(values: torch.Tensor) -> torch.Tensor:
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
-
-
-def load_task(model: PreTrainedModel, name: str, split: str = "validation") -> Task:
-    """The task that fits the model's head, from the data `name` (see `load_data`).
-
-    A sequence classifier is scored on labelled texts, one with a single output on labels that are numbers; a BERT or
-    a T5 encoder without a head on labelled pairs (`"stsb"`) or on the packaged search (`"squad-sample"`).
-
-    Raises:
-        TCSPError: no such data, or data that does not fit the head.
-    """
-    family, head = family_of(model)
-    encoder = head == "EncoderModel" or (family == "bert" and head == "Model")
-    if not encoder and head != "ForSequenceClassification":
-        raise TCSPError(
-            f"{type(model).__name__} cannot be scored on {name!r}: sequence classifiers and sentence encoders "
-            "(models without a head) can."
-        )
-    if name == SAMPLE:
-        if not encoder:
-            raise TCSPError(f"{name!r} is a search for sentence encoders; {type(model).__name__} has a head.")
-        sample = load_squad_sample()
-        return Retrieval(name, sample.paragraphs, sample.questions, sample.answers_in)
-    data = load_data(name, split)
-    texts, labels = _columns_of(data)
-    if labels is None or len(labels) == 0 or min(labels) < 0:
-        raise TCSPError(f"The split {split!r} of {name!r} has no labels to score on: name another one with split=.")
-    if encoder:
-        if isinstance(texts[0], str):
-            raise TCSPError(f"{name!r} has single texts; a sentence encoder is scored on labelled pairs, as in 'stsb'.")
-        return Similarity(name, [pair for pair in texts if isinstance(pair, tuple)], labels)
-    classes = model.config.num_labels or 0
-    if classes == 1:
-        return Regression(name, texts, labels)
-    if any(label != int(label) or label >= classes for label in labels):
-        raise TCSPError(f"The labels of {name!r} do not fit {type(model).__name__}, which has {classes} classes.")
-    kind = Matthews if name == "cola" else Classification
-    return kind(name, texts, [int(label) for label in labels])
-
-
-def _columns_of(data: Any) -> tuple[Texts, list[float] | None]:
+def columns_of(data: Any) -> tuple[Texts, list[float] | None]:
     """Texts (or pairs) and the column `label` of a dataset.
 
     Raises:

@@ -7,8 +7,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..evaluation.classification import predict
 from .metrics import GlueMetric
+from .predict import predict
 from .squad import Window, best_answer, encode_windows
 from .squad_metric import SquadMetric
 from .table import CLASSIFICATION, SPANS, Task, form_of, texts_of
@@ -45,13 +45,19 @@ def score(
             found = logits.squeeze(-1) if task.is_regression else logits.argmax(-1)
             return _glue(task, found.tolist(), data)
         if form == SPANS:
-            return _squad(task, span_answers(model, tokenizer, task, data, batch_size, length, progress), data)
+            windows = span_windows(model, tokenizer, data, batch_size, length, progress)
+            return score_answers(task, answers_of(task, data, windows), data)
         written = write(model, tokenizer, task, data, batch_size, length, progress)
     finally:
         model.train(training)
+    return score_written(task, written, data)
+
+
+def score_written(task: Task, written: list[str], data: Any) -> dict[str, float]:
+    """Every metric of the task for what a model wrote for every row."""
     if task.is_qa:
         answers = {key: (read_answer(task, text), 0.0) for key, text in zip(data["id"], written, strict=True)}
-        return _squad(task, answers, data)
+        return score_answers(task, answers, data)
     references = list(data["label"])
     labels = [read_label(task, text, reference) for text, reference in zip(written, references, strict=True)]
     return _glue(task, labels, data)
@@ -63,7 +69,8 @@ def _glue(task: Task, predictions: list[Any], data: Any) -> dict[str, float]:
     return result
 
 
-def _squad(task: Task, answers: dict[str, tuple[str, float]], data: Any) -> dict[str, float]:
+def score_answers(task: Task, answers: dict[str, tuple[str, float]], data: Any) -> dict[str, float]:
+    """Every metric of the task for its answers: question id -> (text, probability that there is none)."""
     predictions = [{"id": key, "prediction_text": text} for key, (text, _) in answers.items()]
     if task.answers == "optional":
         for item, (_, probability) in zip(predictions, answers.values(), strict=True):
@@ -75,16 +82,15 @@ def _squad(task: Task, answers: dict[str, tuple[str, float]], data: Any) -> dict
 
 
 @torch.no_grad()
-def span_answers(
+def span_windows(
     model: PreTrainedModel,
     tokenizer: Any,
-    task: Task,
     data: Any,
     batch_size: int,
     max_length: int,
     progress: bool | None,
-) -> dict[str, tuple[str, float]]:
-    """Question id -> (answer, probability that there is none)."""
+) -> list[list[Window]]:
+    """The logits of every row's windows."""
     contexts = list(data["context"])
     encoded = encode_windows(tokenizer, list(data["question"]), contexts, max_length)
     names = [name for name in ("input_ids", "token_type_ids", "attention_mask") if name in encoded]
@@ -106,8 +112,13 @@ def span_answers(
                 size = len(known)
                 windows[owners[i]].append(Window(starts[:size].numpy(), ends[:size].numpy(), known))
             bar.update(len(chosen))
+    return windows
+
+
+def answers_of(task: Task, data: Any, windows: list[list[Window]]) -> dict[str, tuple[str, float]]:
+    """Question id -> (answer, probability that there is none)."""
     answers = {}
-    for key, context, found in zip(data["id"], contexts, windows, strict=True):
+    for key, context, found in zip(data["id"], data["context"], windows, strict=True):
         answer = best_answer(context, found, task.answers == "optional")
         answers[key] = (answer.text, answer.no_answer_probability)
     return answers

@@ -38,6 +38,7 @@ def quality_command(
         str | None, typer.Option(help="What our method may cut, with commas; all that the architecture has.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split to score on.")] = "validation",
+    eval_samples: Annotated[int | None, typer.Option(help="Score only the first rows of the split.", min=1)] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Other data to calibrate on, by name; the task's training split by default.")
     ] = None,
@@ -73,10 +74,16 @@ def quality_command(
     QualityFolder.check(output)
     bars = progress_of(quiet, as_json)
     comparison = Comparison.load(
-        model, task, sequences, seed, bars, split=split, calibration=calibration, device=device
+        model, task, sequences, seed, bars, split=split, items=eval_samples, calibration=calibration, device=device
     )
     plan.check(comparison.dense)
-    names = {"model": model, "task": task, "split": split, "calibration": calibration or task}
+    names = {
+        "model": model,
+        "task": task,
+        "split": split,
+        "eval_samples": eval_samples,
+        "calibration": calibration or task,
+    }
     identity = identity_of(comparison, plan, names)
     dense, rows = run_quality(comparison, plan, QualityFolder(output, identity, fresh), bars)
     short = shortfalls(rows, task)
