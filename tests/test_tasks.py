@@ -284,6 +284,18 @@ def test_finetune_train_evaluate(
     assert resumed["scores"] == found["scores"]
 
 
+def test_finetune_from_a_configuration(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TCSP_DATA_DIR", str(data))
+    folder, out = tmp_path / "configuration", tmp_path / "dense"
+    make_dense(T5, torch.float32).config.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    arguments = ("finetune", "--model", folder, "--task", "mrpc", "-o", out, "--epochs", 1, "--quiet")
+    with pytest.raises(TCSPError, match="cannot be loaded"):
+        tcsp(*arguments)
+    tcsp(*arguments, "--random-weights")
+    assert json.loads((out / "results.json").read_text())["random_weights"] is True
+
+
 def test_train_on_unlabelled_text(base: Path, tmp_path: Path) -> None:
     text = tmp_path / "train.txt"
     text.write_text("\n".join(f"w{i} w{i + 1} w{i % 5}" for i in range(60)))

@@ -67,6 +67,9 @@ def finetune_command(
     train_split: TrainSplitOption = "train",
     eval_split: EvalSplitOption = None,
     form: FormOption = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Read only MODEL's configuration and tokenizer, and start anew.")
+    ] = False,
     epochs: EpochsOption = 3.0,
     lr: LearningRateOption = 5e-5,
     batch_size: BatchSizeOption = 32,
@@ -92,7 +95,7 @@ def finetune_command(
     held_out = first_rows(chosen.load(eval_split, data), eval_samples) if evaluate else None
     name = resolve_name(model)
     tokenizer = load_tokenizer(name)
-    found, chosen_form = load_for_task(name, chosen, form, seed)
+    found, chosen_form = load_for_task(name, chosen, form, seed, random_weights)
     with new_folder(output, overwrite) as staging:
         took = finetune(found, tokenizer, chosen, rows, schedule, staging / "trainer", bars_hidden(quiet, as_json))
         _remove_empty(staging / "trainer")
@@ -105,6 +108,7 @@ def finetune_command(
             "model": model,
             "task": task,
             "form": chosen_form,
+            "random_weights": random_weights,
             "train_split": train_split,
             "train_rows": len(rows),
             "eval_split": eval_split or chosen.splits[0],

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
@@ -26,13 +27,16 @@ def default_form(config: Any, task: Task) -> str:
     return TEXT if getattr(config, "is_encoder_decoder", False) else task.form
 
 
-def load_for_task(name: str, task: Task, form: str | None = None, seed: int = 0) -> tuple[PreTrainedModel, str]:
+def load_for_task(
+    name: str, task: Task, form: str | None = None, seed: int = 0, random_weights: bool = False
+) -> tuple[PreTrainedModel, str]:
     """The model with the task's head, in float32, and how it answers.
 
     A head that the checkpoint lacks starts at random weights drawn from `seed`.
 
     Args:
         form: `"classification"`, `"spans"` or `"text"`; None chooses by the architecture (see `default_form`).
+        random_weights: read the configuration alone; all weights are drawn from `seed`.
 
     Raises:
         TCSPError: the checkpoint cannot be read, or cannot answer in this form.
@@ -60,7 +64,10 @@ def load_for_task(name: str, task: Task, form: str | None = None, seed: int = 0)
             SPANS: AutoModelForQuestionAnswering,
             TEXT: AutoModelForSeq2SeqLM,
         }[chosen]
-        model = loader.from_pretrained(name, dtype="float32", ignore_mismatched_sizes=True, **fields)
+        if random_weights:
+            model = loader.from_config(AutoConfig.from_pretrained(name, **fields), dtype=torch.float32)
+        else:
+            model = loader.from_pretrained(name, dtype="float32", ignore_mismatched_sizes=True, **fields)
     except TCSPError:
         raise
     except (OSError, ValueError, KeyError) as error:
