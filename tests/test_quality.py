@@ -380,3 +380,32 @@ def test_spans_and_written_answers(
     for row in found["rows"]:
         assert "error" not in row
         assert 0.0 <= row["score"] <= 1.0 and row["distance"] > 0.0 and 0.0 <= row["agreement"] <= 1.0
+
+
+def test_summary(dense: Path, data: Path, tmp_path: Path) -> None:
+    more = ("--remove", "0.44,0.6", "--methods", "ours,magnitude", "--json")
+    table = json.loads(bench(dense, data, tmp_path / "one", *more))
+    other = json.loads((tmp_path / "one" / "results.json").read_text())
+    other |= {"model_fingerprint": "other", "task": "better"}
+    for row in other["rows"]:
+        row["score"] = other["dense"]["score"] + 0.02
+    (tmp_path / "two").mkdir()
+    write_whole(tmp_path / "two" / "results.json", json.dumps(other))
+    found = json.loads(tcsp("bench", "summary", tmp_path / "one", tmp_path / "two", "--json"))
+    ours = [row for row in table["rows"] if row["method"] == "ours"]
+    drops = [100 * (table["dense"]["score"] - row["score"]) for row in ours]
+    assert [row["drop"] for row in found["rows"]] == pytest.approx([*drops, -2.0, -2.0])
+    assert list(found["mean_drops"].values()) == pytest.approx([(drop - 2.0) / 2 for drop in drops])
+    assert [row["best_other"] for row in found["rows"][:2]] == [
+        row["score"] for row in table["rows"] if row["method"] == "magnitude"
+    ]
+    tcsp("bench", "summary", tmp_path / "two", "--check")
+    other["rows"][0]["score"] = other["dense"]["score"] - 0.02
+    write_whole(tmp_path / "two" / "results.json", json.dumps(other))
+    tcsp("bench", "summary", tmp_path / "two", "--check", status=1)
+    missed = json.loads(tcsp("bench", "summary", tmp_path / "two", "--json"))["missed"]
+    assert len(missed) == 2 and "mean drop at 44%" in missed[0] and "better drops by 2.00" in missed[1]
+    with pytest.raises(TCSPError, match="same model"):
+        tcsp("bench", "summary", tmp_path / "one", tmp_path / "one")
+    with pytest.raises(TCSPError, match="no finished table"):
+        tcsp("bench", "summary", tmp_path)

@@ -7,11 +7,13 @@ from .latency import latency_command
 from .paper import paper_command
 from .quality import quality_command
 from .subspaces import subspaces_command
+from .summary import summary_command
 
 bench_app = typer.Typer(help="Measure: the commands behind the figures of the README.", no_args_is_help=True)
 bench_app.command("subspaces")(subspaces_command)
 bench_app.command("budget")(budget_command)
 bench_app.command("quality")(quality_command)
+bench_app.command("summary")(summary_command)
 bench_app.command("latency")(latency_command)
 bench_app.command("paper")(paper_command)
 
