@@ -2,24 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..architectures import Block, Site, blocks_of, dense_hidden_size, family_of, sites_of
+from ..architectures import blocks_of, dense_hidden_size, family_of, sites_of
 from ..errors import TCSPError
 from .divergence import MASKED_FRACTION
 from .fingerprint import DataFingerprint, model_fingerprint, sequence_hash
 from .inputs import Batch, InputOptions, batches, count_sequences
 from .objectives import Draws, objective_of
+from .recorder import Recorder
 from .sample import NAMES, TokenSample
-from .statistics import Calibration, SiteStatistics
+from .statistics import Calibration
 
-_PANEL = 128
 _HALF_LOSS_SCALE = 1024.0  # keeps float16 gradients away from underflow; divided out again
 
 
@@ -100,7 +98,7 @@ def calibrate(
         objective=name if fisher else "none",
         seed=seed,
     )
-    recorder = _Recorder(sites_of(model), result.hidden_size, fisher, blocks_of(model))
+    recorder = Recorder(sites_of(model), result.hidden_size, fisher, blocks_of(model))
     fingerprint = DataFingerprint()
     sample = TokenSample(sample_tokens)
     mask_token = getattr(tokenizer, "mask_token_id", None) if name in ("masked_lm", "pretraining") else None
@@ -235,142 +233,3 @@ def _greedy(model: Any, inputs: Batch, max_target_length: int) -> tuple[torch.Te
     ended = torch.isin(target, torch.tensor(ends, dtype=target.dtype, device=target.device)).long()
     mask = (ended.cumsum(1) - ended == 0).long()
     return target, mask
-
-
-class _Recorder:
-    """Hooks on the sites' norms: second moments going forward, gradients coming back."""
-
-    def __init__(self, sites: list[Site], size: int, fisher: bool, blocks: list[Block]) -> None:
-        self._sites = sites
-        self._size = size
-        self._fisher = fisher
-        self._moments: dict[str, torch.Tensor] = {}
-        self._fishers: dict[str, torch.Tensor] = {}
-        self._common = {site.name: 0.0 for site in sites}
-        self._queries = [block for block in blocks if block.attends] if fisher else []
-        self._query_fishers: dict[str, torch.Tensor] = {}
-        self._tokens = {site.name: 0 for site in sites}
-        self._masks: dict[str, torch.Tensor] = {}
-        self._scale = 1.0
-        self._active = False
-
-    @contextmanager
-    def attached(self, model: PreTrainedModel) -> Iterator[None]:
-        handles = [site.norm.register_forward_hook(partial(self._forward, site)) for site in self._sites]
-        heads = int(model.config.num_attention_heads)
-        for block in self._queries:
-            handles.append(block.inner[0].register_forward_hook(partial(self._query_forward, block, heads)))
-        for module in {id(m): m for m in _embeddings(model)}.values():
-            # gradients with respect to hidden states need no gradient of any parameter
-            handles.append(module.register_forward_hook(lambda _m, _a, output: self._root(output)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def start(self, inputs: Batch, scale: float) -> None:
-        length = inputs["attention_mask"].shape[-1]
-        self._masks = {"encoder": inputs["attention_mask"].reshape(-1, length).bool()}
-        if "decoder_attention_mask" in inputs:
-            self._masks["decoder"] = inputs["decoder_attention_mask"].bool()
-        self._scale = scale
-        self._active = True
-
-    def stop(self) -> None:
-        self._active = False
-
-    def statistics(self) -> dict[str, SiteStatistics]:
-        found: dict[str, SiteStatistics] = {}
-        for site in self._sites:
-            tokens = self._tokens[site.name]
-            if tokens == 0:
-                raise TCSPError(f"No token passed the site {site.name!r}: the calibration data holds only padding.")
-            fisher = None
-            if self._fisher:
-                empty = torch.zeros(self._size, self._size, dtype=torch.float64)
-                fisher = _symmetric(self._fishers.get(site.name, empty))
-            query = self._query_fishers.get(site.name)
-            found[site.name] = SiteStatistics(
-                tokens,
-                _symmetric(self._moments[site.name]),
-                fisher,
-                None if query is None else query.cpu(),
-                torch.tensor(self._common[site.name], dtype=torch.float64) if self._fisher else None,
-            )
-        return found
-
-    def _query_forward(
-        self, block: Block, heads: int, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
-    ) -> None:
-        if self._active and output.requires_grad:
-            output.register_hook(partial(self._query_backward, block, heads))
-
-    def _query_backward(self, block: Block, heads: int, gradient: torch.Tensor) -> None:
-        name = block.writes
-        wide = (gradient.double() / self._scale)[self._masks[block.stack]]
-        rows = wide.view(wide.shape[0], heads, wide.shape[1] // heads).transpose(0, 1)
-        outer = rows.mT @ rows
-        self._query_fishers[name] = self._query_fishers[name] + outer if name in self._query_fishers else outer
-
-    def _root(self, output: torch.Tensor) -> torch.Tensor | None:
-        if not (self._active and self._fisher):
-            return None
-        return output.detach().requires_grad_(True)
-
-    def _forward(self, site: Site, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        if not self._active:
-            return
-        with torch.no_grad():
-            stream = args[0].detach()
-            rows = site.normalise(stream if stream.dtype == torch.float64 else stream.float())
-            rows = rows[self._masks[site.stack]]
-            self._tokens[site.name] += rows.shape[0]
-            _add_outer(self._moments, site.name, rows, self._size)
-        if self._fisher and output.requires_grad:
-            output.register_hook(partial(self._backward, site, module))
-
-    def _backward(self, site: Site, module: Any, gradient: torch.Tensor) -> None:
-        wide = gradient if gradient.dtype == torch.float64 else gradient.float()
-        weight = module.weight.detach()
-        mask = self._masks[site.stack]
-        scaled = wide * (weight.to(wide) / self._scale)
-        _add_outer(self._fishers, site.name, scaled[mask], self._size)
-        sums = (scaled * mask.unsqueeze(-1)).sum(1)
-        lengths = mask.sum(1).clamp(min=1)
-        self._common[site.name] += float((sums.double().square().sum(-1) / lengths).sum())
-
-
-def _embeddings(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """The modules whose outputs are the roots of the graph."""
-    yield model.get_input_embeddings()
-    for stack in ("encoder", "decoder"):
-        table = getattr(getattr(model.base_model, stack, None), "embed_tokens", None)
-        if table is not None:
-            yield table
-
-
-def _add_outer(sums: dict[str, torch.Tensor], name: str, rows: torch.Tensor, size: int) -> None:
-    """Add rows' rows (rows (tokens, D)) to the upper panels of a float64 sum.
-
-    Raises:
-        TCSPError: a NaN or an infinity among the rows; the message names the site.
-    """
-    if not torch.isfinite(rows.sum()):
-        raise TCSPError(
-            f"The hidden states or gradients at site {name!r} hold a NaN or an infinity: check the weights, or "
-            "load the model in float32."
-        )
-    if rows.device.type == "mps":  # has no float64
-        rows = rows.cpu()
-    if name not in sums:
-        sums[name] = torch.zeros(size, size, dtype=torch.float64, device=rows.device)
-    wide = rows.double()
-    for start in range(0, size, _PANEL):
-        stop = min(start + _PANEL, size)
-        sums[name][start:stop, start:].addmm_(wide[:, start:stop].T, wide[:, start:])
-
-
-def _symmetric(upper: torch.Tensor) -> torch.Tensor:
-    upper = torch.triu(upper.cpu())
-    return upper + torch.triu(upper, 1).T

@@ -1,0 +1,168 @@
+"""Hooks on the sites' norms: second moments going forward, gradients coming back, in the model's own passes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..architectures import Block, Site
+from ..errors import TCSPError
+from .inputs import Batch
+from .statistics import SiteStatistics
+from .sums import OuterSums, exact
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The real tokens of a batch: `mask` (sequences, length), and their places (n,) in it; None where all are real."""
+
+    mask: torch.Tensor
+    places: torch.Tensor | None
+    count: int
+
+    @classmethod
+    def of(cls, mask: torch.Tensor) -> "_Tokens":
+        mask = mask.reshape(-1, mask.shape[-1]).bool()
+        places = mask.reshape(-1).nonzero().squeeze(-1)
+        count = len(places)
+        return cls(mask, None if count == mask.numel() else places, count)
+
+    def rows(self, states: torch.Tensor) -> torch.Tensor:
+        """(n, width) of the real tokens, from (sequences, length, width)."""
+        flat = states.reshape(-1, states.shape[-1])
+        return flat if self.places is None else flat.index_select(0, self.places)
+
+
+class Recorder:
+    """Sums over every site of one model, filled by its forward and backward passes between `start` and `stop`."""
+
+    def __init__(self, sites: list[Site], size: int, fisher: bool, blocks: list[Block]) -> None:
+        self._sites = sites
+        self._size = size
+        self._fisher = fisher
+        self._moments = OuterSums(size)
+        self._fishers = OuterSums(size)  # of gradients with respect to the norms' outputs, times the loss scale
+        self._common: dict[str, torch.Tensor] = {}
+        self._queries = [block for block in blocks if block.attends] if fisher else []
+        self._query_fishers: dict[str, torch.Tensor] = {}
+        self._counts = {site.name: 0 for site in sites}
+        self._tokens: dict[str, _Tokens] = {}
+        self._scale = 1.0
+        self._active = False
+
+    @contextmanager
+    def attached(self, model: PreTrainedModel) -> Iterator[None]:
+        handles = [site.norm.register_forward_hook(partial(self._forward, site)) for site in self._sites]
+        heads = int(model.config.num_attention_heads)
+        for block in self._queries:
+            handles.append(block.inner[0].register_forward_hook(partial(self._query_forward, block, heads)))
+        for module in {id(m): m for m in _embeddings(model)}.values():
+            # gradients with respect to hidden states need no gradient of any parameter
+            handles.append(module.register_forward_hook(lambda _m, _a, output: self._root(output)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def start(self, inputs: Batch, scale: float) -> None:
+        """Record the passes over this batch; `scale` is what the likelihood is multiplied with."""
+        self._tokens = {"encoder": _Tokens.of(inputs["attention_mask"])}
+        if "decoder_attention_mask" in inputs:
+            self._tokens["decoder"] = _Tokens.of(inputs["decoder_attention_mask"])
+        self._scale = scale
+        self._active = True
+
+    def stop(self) -> None:
+        """The batch is over.
+
+        Raises:
+            TCSPError: it brought a NaN or an infinity; the message names the site.
+        """
+        self._active = False
+        name = self._moments.first_not_finite() or self._fishers.first_not_finite()
+        if name is not None:
+            raise TCSPError(
+                f"The hidden states or gradients at site {name!r} hold a NaN or an infinity: check the weights, or "
+                "load the model in float32."
+            )
+
+    def statistics(self) -> dict[str, SiteStatistics]:
+        found: dict[str, SiteStatistics] = {}
+        for site in self._sites:
+            if self._counts[site.name] == 0:
+                raise TCSPError(f"No token passed the site {site.name!r}: the calibration data holds only padding.")
+            fisher = common = None
+            if self._fisher:
+                weight: Any = site.norm.weight
+                weight = weight.detach().to("cpu", torch.float64) / self._scale
+                fisher = weight.unsqueeze(-1) * self._fishers.whole(site.name) * weight
+                fisher = torch.triu(fisher) + torch.triu(fisher, 1).T  # symmetric to the last bit
+                common = self._common.get(site.name, torch.zeros((), dtype=torch.float64)).cpu()
+            query = self._query_fishers.get(site.name)
+            found[site.name] = SiteStatistics(
+                self._counts[site.name],
+                self._moments.whole(site.name),
+                fisher,
+                None if query is None else query.cpu(),
+                common,
+            )
+        return found
+
+    def _root(self, output: torch.Tensor) -> torch.Tensor | None:
+        if not (self._active and self._fisher):
+            return None
+        return output.detach().requires_grad_(True)
+
+    def _forward(self, site: Site, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if not self._active:
+            return
+        tokens = self._tokens[site.stack]
+        with torch.no_grad():
+            self._moments.add(site.name, site.normalise(_at_least_float32(tokens.rows(args[0].detach()))))
+        self._counts[site.name] += tokens.count
+        if self._fisher and output.requires_grad:
+            output.register_hook(partial(self._backward, site, module))
+
+    def _backward(self, site: Site, module: Any, gradient: torch.Tensor) -> None:
+        tokens = self._tokens[site.stack]
+        wide = _at_least_float32(gradient)
+        self._fishers.add(site.name, tokens.rows(wide))  # the norm's weight is multiplied in at the end
+        sums = (tokens.mask.to(wide).unsqueeze(1) @ wide).squeeze(1) * (module.weight.detach().to(wide) / self._scale)
+        energy = sums.square().sum(-1) / tokens.mask.sum(1).clamp(min=1)
+        _add(self._common, site.name, energy.sum())
+
+    def _query_forward(
+        self, block: Block, heads: int, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
+    ) -> None:
+        if self._active and output.requires_grad:
+            output.register_hook(partial(self._query_backward, block, heads))
+
+    def _query_backward(self, block: Block, heads: int, gradient: torch.Tensor) -> None:
+        wide = exact(self._tokens[block.stack].rows(_at_least_float32(gradient)) / self._scale)
+        rows = wide.view(wide.shape[0], heads, wide.shape[1] // heads).transpose(0, 1)
+        _add(self._query_fishers, block.writes, rows.mT @ rows)
+
+
+def _embeddings(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """The modules whose outputs are the roots of the graph."""
+    yield model.get_input_embeddings()
+    for stack in ("encoder", "decoder"):
+        table = getattr(getattr(model.base_model, stack, None), "embed_tokens", None)
+        if table is not None:
+            yield table
+
+
+def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _add(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
+    """Add to a float64 sum."""
+    value = value.cpu() if value.device.type == "mps" else value
+    sums[name] = sums[name] + value if name in sums else value.double()
