@@ -41,7 +41,8 @@ class _Tokens:
 class Recorder:
     """Sums over every site of one model, filled by its forward and backward passes between `start` and `stop`."""
 
-    def __init__(self, sites: list[Site], size: int, fisher: bool, blocks: list[Block]) -> None:
+    def __init__(self, sites: list[Site], size: int, fisher: bool, blocks: list[Block], scale: float = 1.0) -> None:
+        """scale: what the likelihood is multiplied with before its backward pass."""
         self._sites = sites
         self._size = size
         self._fisher = fisher
@@ -52,7 +53,7 @@ class Recorder:
         self._query_fishers: dict[str, torch.Tensor] = {}
         self._counts = {site.name: 0 for site in sites}
         self._tokens: dict[str, _Tokens] = {}
-        self._scale = 1.0
+        self._scale = scale
         self._active = False
 
     @contextmanager
@@ -70,12 +71,11 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
-    def start(self, inputs: Batch, scale: float) -> None:
-        """Record the passes over this batch; `scale` is what the likelihood is multiplied with."""
+    def start(self, inputs: Batch) -> None:
+        """Record the passes over this batch."""
         self._tokens = {"encoder": _Tokens.of(inputs["attention_mask"])}
         if "decoder_attention_mask" in inputs:
             self._tokens["decoder"] = _Tokens.of(inputs["decoder_attention_mask"])
-        self._scale = scale
         self._active = True
 
     def stop(self) -> None:
@@ -91,6 +91,28 @@ class Recorder:
                 f"The hidden states or gradients at site {name!r} hold a NaN or an infinity: check the weights, or "
                 "load the model in float32."
             )
+
+    def state(self) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+        """Tokens of every site, and all sums as they are, on the CPU: what `restore` takes."""
+        groups = self._groups()
+        tensors = {f"{kind}:{name}": value.cpu() for kind, group in groups.items() for name, value in group.items()}
+        return dict(self._counts), tensors
+
+    def restore(self, counts: dict[str, int], tensors: dict[str, torch.Tensor]) -> None:
+        """Go on from a `state` of the same model and arguments."""
+        self._counts = {site.name: int(counts[site.name]) for site in self._sites}
+        for kind, group in self._groups().items():
+            for site in self._sites:
+                if f"{kind}:{site.name}" in tensors:
+                    group[site.name] = tensors[f"{kind}:{site.name}"]
+
+    def _groups(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {
+            "moments": self._moments.upper,
+            "fishers": self._fishers.upper,
+            "queries": self._query_fishers,
+            "common": self._common,
+        }
 
     def statistics(self) -> dict[str, SiteStatistics]:
         found: dict[str, SiteStatistics] = {}
@@ -165,4 +187,4 @@ def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
 def _add(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
     """Add to a float64 sum."""
     value = value.cpu() if value.device.type == "mps" else value
-    sums[name] = sums[name] + value if name in sums else value.double()
+    sums[name] = sums[name].to(value.device) + value if name in sums else value.double()

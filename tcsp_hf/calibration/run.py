@@ -1,5 +1,6 @@
 """`calibrate`: one streaming pass over text that keeps two D x D sums per site and nothing else."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,8 @@ from transformers import PreTrainedModel
 
 from ..architectures import blocks_of, dense_hidden_size, family_of, sites_of
 from ..errors import TCSPError
+from ..ranks import rank_and_size
+from .checkpoint import Checkpoint
 from .divergence import MASKED_FRACTION
 from .fingerprint import DataFingerprint, model_fingerprint, sequence_hash
 from .inputs import Batch, InputOptions, batches, count_sequences
@@ -19,6 +22,10 @@ from .sample import NAMES, TokenSample
 from .statistics import Calibration
 
 _HALF_LOSS_SCALE = 1024.0  # keeps float16 gradients away from underflow; divided out again
+
+
+class NoData(TCSPError):
+    """The data holds no sequence."""
 
 
 def calibrate(
@@ -36,6 +43,8 @@ def calibrate(
     sample_tokens: int = 65_536,
     seed: int = 0,
     progress: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 64,
 ) -> Calibration:
     """Collect the second moments of a dense model's hidden states, and of their gradients, without labels.
 
@@ -59,18 +68,24 @@ def calibrate(
             refit of `compress` reads it. 0 keeps none (nothing of the text is stored then).
         seed: of the outputs that are drawn from the model's own distribution.
         progress: show a bar; None shows it on a terminal only.
+        checkpoint: a folder where the sums are written as they grow. A run that was killed and is started again with
+            the same model, data and arguments goes on from there, and gives what an uninterrupted one gives, to the
+            last bit. The folder is left as it is at the end; another calibration needs another one.
+        checkpoint_every: batches between two writes.
 
     Returns:
         The statistics, on the CPU, in float64.
 
     Raises:
-        TCSPError: an unsupported model, empty or unusable data, or a NaN or infinity in the hidden states.
+        TCSPError: an unsupported model, empty or unusable data, a NaN or infinity in the hidden states, or a
+            checkpoint of another model, of other data or arguments.
     """
     family, head = family_of(model)
     for name, value in (
         ("batch_size", batch_size),
         ("max_sequences", max_sequences),
         ("max_length", max_length),
+        ("checkpoint_every", checkpoint_every),
     ):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise TCSPError(f"{name} is {value!r}; it must be a positive integer.")
@@ -98,11 +113,31 @@ def calibrate(
         objective=name if fisher else "none",
         seed=seed,
     )
-    recorder = Recorder(sites_of(model), result.hidden_size, fisher, blocks_of(model))
     fingerprint = DataFingerprint()
     sample = TokenSample(sample_tokens)
     mask_token = getattr(tokenizer, "mask_token_id", None) if name in ("masked_lm", "pretraining") else None
     scale = _HALF_LOSS_SCALE if model.dtype == torch.float16 else 1.0
+    recorder = Recorder(sites_of(model), result.hidden_size, fisher, blocks_of(model), scale)
+    saved: Checkpoint | None = None
+    if checkpoint is not None:
+        arguments = {
+            "model_fingerprint": result.model_fingerprint,
+            "dtype": str(model.dtype),
+            "objective": result.objective,
+            "seed": seed,
+            "batch_size": batch_size,
+            "max_length": options.max_length,
+            "max_target_length": max_target_length,
+            "mask_token": mask_token,
+            "sample_tokens": sample_tokens,
+        }
+        rank, ranks = rank_and_size()
+        saved = Checkpoint(checkpoint, arguments, checkpoint_every, f"of-{ranks}-rank-{rank}")
+        if saved.found.batches:
+            recorder.restore(saved.found.record["tokens"], saved.found.tensors)
+            result.sequences = int(saved.found.record["sequences"])
+            fingerprint = DataFingerprint(saved.found.record["data_fingerprint"])
+            sample = TokenSample.from_tensors(saved.found.tensors)
     bar = tqdm(
         total=count_sequences(data, max_sequences),
         unit="seq",
@@ -111,11 +146,14 @@ def calibrate(
     )
     with _ready(model), recorder.attached(model), bar:
         for batch in batches(data, options):
+            if saved is not None and saved.is_done(batch):
+                bar.update(batch["input_ids"].shape[:-1].numel())
+                continue
             keys = _sequence_keys(batch, seed)
             draws = Draws(keys)
             inputs = _prepare(model, head, batch, draws, mask_token, max_target_length)
             extra = {key: inputs.pop(key) for key in ("masked_positions",) if key in inputs}
-            recorder.start(inputs, scale)
+            recorder.start(inputs)
             with torch.set_grad_enabled(fisher):
                 outputs = model(**inputs)
                 if fisher:
@@ -129,8 +167,14 @@ def calibrate(
                 sample.add(sequence_hash(rows["input_ids"], seed), rows)
             result.sequences += len(keys)
             bar.update(len(keys))
+            if saved is not None and saved.is_due():
+                tokens, sums = recorder.state()
+                record = {"tokens": tokens, "sequences": result.sequences, "data_fingerprint": str(fingerprint)}
+                saved.write(record, {**sums, **sample.tensors()})
+    if saved is not None:
+        saved.finish()
     if result.sequences == 0:
-        raise TCSPError("The calibration data is empty: give at least one sequence.")
+        raise NoData("The calibration data is empty: give at least one sequence.")
     result.data_fingerprint = str(fingerprint)
     result.sites = recorder.statistics()
     result.sample = sample

@@ -24,9 +24,10 @@ class OuterSums:
         """Add the rows (n, D), float32 or float64, to the sum `name`."""
         if rows.device.type == "mps":  # has no float64
             rows = rows.cpu()
-        if name not in self.upper:
-            self.upper[name] = torch.zeros(self._size, self._size, dtype=torch.float64, device=rows.device)
-        total = self.upper[name]
+        total = self.upper.get(name)
+        if total is None:
+            total = torch.zeros(self._size, self._size, dtype=torch.float64)
+        total = self.upper[name] = total.to(rows.device)
         for block in rows.split(_BLOCK_ROWS):
             wide = exact(block)
             for start in range(0, self._size, _PANEL):

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from ..calibration import calibrate
+from ..calibration import calibrate_on_ranks
+from ..calibration.checkpoint import remove_checkpoint
+from ..calibration.ranks import device_of_this_process, launched
 from ..data.sources import SAMPLE, load_data
 from ..files import check_output_folder
 from ..loading import load_model, load_tokenizer
@@ -43,6 +45,14 @@ def calibrate_command(
     seed: Annotated[int, typer.Option(help="Of the outputs drawn from the model's own distribution.")] = 0,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder where the sums are written as they grow; the same command goes on from there after a kill. "
+            "Removed at the end."
+        ),
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(help="Batches between two writes.", min=1)] = 64,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -50,25 +60,34 @@ def calibrate_command(
     """Collect the statistics of a dense model on text, once; `tcsp compress --stats` cuts any size from them.
 
     Example: tcsp calibrate my-org/my-classifier --data my_texts.txt -o stats/
+
+    On several processes, each with its share of the data: accelerate launch -m tcsp_hf calibrate ..., or torchrun.
     """
     check_output_folder(output, overwrite)
     columns = columns_of(text_columns)
-    texts = load_data(data, split)
-    dense = load_model(model, dtype, device)
-    stats = calibrate(
-        dense,
-        texts,
-        tokenizer=load_tokenizer(model),
-        batch_size=batch_size,
-        max_length=max_length,
-        max_sequences=max_sequences,
-        text_columns=columns,
-        pooling=pooling,
-        fisher=fisher,
-        seed=seed,
-        progress=progress_of(quiet, as_json),
-    )
+    with launched() as first:
+        texts = load_data(data, split)
+        dense = load_model(model, dtype, device_of_this_process(device))
+        stats = calibrate_on_ranks(
+            dense,
+            texts,
+            tokenizer=load_tokenizer(model),
+            batch_size=batch_size,
+            max_length=max_length,
+            max_sequences=max_sequences,
+            text_columns=columns,
+            pooling=pooling,
+            fisher=fisher,
+            seed=seed,
+            progress=progress_of(quiet, as_json),
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+        )
+    if not first:
+        return
     stats.save(output, overwrite)
+    if checkpoint is not None:
+        remove_checkpoint(checkpoint)
     if as_json:
         print_json(
             {

@@ -20,10 +20,10 @@ from ..calibration.fingerprint import model_fingerprint
 from ..compression import compress, removed_fraction
 from ..errors import TCSPError
 from ..loading import load_model
+from ..ranks import on_every_rank, on_first_rank, rank_and_size
 from .arguments import TCSPTrainingArguments
 from .checkpoint import Record, check_resumable, checkpoint_to_resume, load_targets, save_targets
 from .distillation import Distiller
-from .ranks import on_every_rank, on_first_rank, rank_and_size
 from .sampler import EpochLengthSampler
 from .sites import Batch, SiteSums, SiteTargets
 

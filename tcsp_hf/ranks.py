@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..errors import TCSPError
+from .errors import TCSPError
 
 T = TypeVar("T")
 
