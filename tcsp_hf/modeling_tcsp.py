@@ -87,6 +87,35 @@ class TCSPPreTrainedMixin:
         return publisher(self, repo_id, **kwargs)
 
 
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 has only the second
+
+
+def even_heads(
+    backend: str | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values (batch, heads, length, size) with zeros up to one size, where that is faster.
+
+    The fused attention of a processor takes equal sizes only; uneven ones go another way that is several times slower.
+    Zeros change neither scores nor the first entries of the context.
+    """
+    size = max(query.shape[-1], value.shape[-1])
+    even = query.shape[-1] == value.shape[-1]
+    if even or backend != "sdpa" or query.device.type != "cpu" or query.shape[-2] == 1 or _is_exporting():
+        return query, key, value
+
+    def padded(part: torch.Tensor) -> torch.Tensor:
+        missing = size - part.shape[-1]
+        return nn.functional.pad(part, (0, missing)) if missing else part
+
+    return padded(query), padded(key), padded(value)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of this very class, and nothing (a hook, an offload, an adapter) hangs on its call."""
+    own = vars(module)
+    return type(module) is kind and not ("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"])
+
+
 class TCSPLift(nn.Module):
     """Affine map from a site's coordinates back to the dense hidden states: `h = z @ weight.T + bias`.
 

@@ -45,7 +45,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tcsp_bert import AUTO_MAP, TCSPBertConfig
-from .modeling_tcsp import TCSPLift, TCSPPreTrainedMixin
+from .modeling_tcsp import TCSPLift, TCSPPreTrainedMixin, even_heads, is_plain
 
 
 class TCSPBertSiteNorm(nn.Module):
@@ -112,8 +112,8 @@ class TCSPBertEmbeddings(nn.Module):
             position_ids = self.position_ids[:, :length]
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(position_ids)
-        hidden_states = (
-            inputs_embeds + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
+        hidden_states = (  # two small tables first: their sum is often that of one sequence
+            inputs_embeds + (self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids))
         )
         return self.dropout(self.norm(hidden_states))
 
@@ -146,6 +146,7 @@ class TCSPBertSelfAttention(nn.Module):
             part.view(batch, length, self.num_heads, -1).transpose(1, 2)
             for part in self.qkv(hidden_states).split(self.split_sizes, dim=-1)
         )
+        query, key, value = even_heads(self.config._attn_implementation, query, key, value)
         attention: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -159,7 +160,7 @@ class TCSPBertSelfAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return context.reshape(batch, length, -1), weights
+        return context[..., : self.vo_head_size].reshape(batch, length, -1), weights
 
 
 class TCSPBertOutput(nn.Module):
@@ -175,7 +176,25 @@ class TCSPBertOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, block_states: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.residual(hidden_states) + self.dropout(self.dense(block_states)))
+        written = self.dropout(self.dense(block_states))
+        if not self._accumulates(written, hidden_states):
+            return self.norm(self.residual(hidden_states) + written)
+        # the product of the map is added to what was written in its place: no second result, no pass that adds
+        rows = written.view(-1, written.shape[-1])
+        torch.addmm(rows, hidden_states.reshape(-1, hidden_states.shape[-1]), self.residual.weight.t(), out=rows)
+        return self.norm(written)
+
+    def _accumulates(self, written: torch.Tensor, hidden_states: torch.Tensor) -> bool:
+        """Whether the written states are nobody else's: no gradients, no tracing, no hook on either linear."""
+        return (
+            not torch.is_grad_enabled()
+            and is_plain(self.residual, nn.Linear)
+            and is_plain(self.dense, nn.Linear)
+            and written.dtype == hidden_states.dtype == self.residual.weight.dtype
+            and written.is_contiguous()
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+        )
 
 
 class TCSPBertAttention(nn.Module):

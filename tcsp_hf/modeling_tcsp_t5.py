@@ -46,7 +46,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_tcsp_t5 import AUTO_MAP, TCSPT5Config
-from .modeling_tcsp import TCSPLift, TCSPPreTrainedMixin
+from .modeling_tcsp import TCSPLift, TCSPPreTrainedMixin, even_heads
 
 
 class TCSPT5Attention(nn.Module):
@@ -129,6 +129,8 @@ class TCSPT5Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query = self._split_heads(self.q(hidden_states))
         key, value = self._keys_and_values(hidden_states, memory, past_key_values)
+        vo_size = value.shape[-1]
+        query, key, value = even_heads(self.config._attn_implementation, query, key, value)
         if position_bias is not None and self.kept_heads is not None:
             position_bias = position_bias[:, self.kept_heads]
         if position_bias is not None and self.config._attn_implementation == "flex_attention":
@@ -147,7 +149,8 @@ class TCSPT5Attention(nn.Module):
             position_bias=position_bias,
             **kwargs,
         )
-        return self.o(context.reshape(hidden_states.shape[0], hidden_states.shape[1], -1)), weights
+        context = context[..., :vo_size].reshape(hidden_states.shape[0], hidden_states.shape[1], -1)
+        return self.o(context), weights
 
 
 class TCSPT5SelfAttentionLayer(nn.Module):

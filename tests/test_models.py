@@ -504,3 +504,18 @@ def test_auto_class_of_question_answering(tokenizer, tmp_path):
     with torch.no_grad():
         found = model(**inputs)
     assert found.start_logits.shape == found.end_logits.shape == inputs["input_ids"].shape
+
+
+@pytest.mark.parametrize("case", [find("bert-Model"), find("t5-Model")], ids=str)
+def test_fast_paths_change_nothing(case: Case) -> None:
+    """Heads that are padded for the fused attention, and maps that are added in place, against the plain way."""
+    inputs = make_inputs(case)
+    model = make_uneven(case, torch.float64)
+    model.set_attn_implementation("sdpa")
+    fast = outputs(case, model, inputs)
+    model.set_attn_implementation("eager")  # no padding
+    hooks = [m.register_forward_hook(lambda *_: None) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert largest_difference(outputs(case, model, inputs), fast) < 1e-10  # hooked linears are not added in place
+    for hook in hooks:
+        hook.remove()
+    assert largest_difference(outputs(case, model, inputs), fast) < 1e-10
