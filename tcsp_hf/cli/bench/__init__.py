@@ -3,6 +3,7 @@
 import typer
 
 from .budget import budget_command
+from .calibrate import calibrate_bench_command
 from .latency import latency_command
 from .paper import paper_command
 from .quality import quality_command
@@ -14,6 +15,7 @@ bench_app.command("subspaces")(subspaces_command)
 bench_app.command("budget")(budget_command)
 bench_app.command("quality")(quality_command)
 bench_app.command("summary")(summary_command)
+bench_app.command("calibrate")(calibrate_bench_command)
 bench_app.command("latency")(latency_command)
 bench_app.command("paper")(paper_command)
 
