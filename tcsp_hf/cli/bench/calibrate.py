@@ -68,7 +68,7 @@ def calibrate_bench_command(
     else:
         columns = ["hidden x layers", "tokens", "Σ s", "/ forward", "Σ, Γ s", "/ fwd, bwd", "eigen s", "peak MiB"]
         note = (
-            f"Peak memory from {few:,} to {many:,} sequences (tiny model): {growth:+.1%}. Bars: {SIGMA_BAR}, {BOTH_BAR}, "
+            f"Peak memory, {few:,} to {many:,} sequences (tiny model): {growth:+.1%}. Bars: {SIGMA_BAR}, {BOTH_BAR}, "
             f"{PROJECTION_BAR:.0f} s at 768 x 12, {GROWTH_BAR:.0%}. {machine}"
         )
         print_table("Calibration beside the plain passes", columns, [_cells(row) for row in rows], note)
