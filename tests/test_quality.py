@@ -118,6 +118,8 @@ def test_finished_rows_are_not_made_again(
     again = json.loads(bench(dense, data, output, *options))
     assert len(made) == 5 and again == found
     monkeypatch.undo()
+    one = json.loads(bench(dense, data, output, "--remove", "0.4", "--methods", "svd", "--json"))
+    assert one["rows"] == found["rows"]  # what the folder holds belongs to its table
     fresh = json.loads(bench(dense, data, output, *options, "--fresh"))
     keys = ("method", "asked", "removed", "score", "distance", "flops")
     assert [[row[key] for key in keys] for row in fresh["rows"]] == [

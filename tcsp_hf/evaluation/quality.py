@@ -176,6 +176,12 @@ class QualityFolder:
         row = _read_object(path)
         return None if "error" in row else row
 
+    def finished(self) -> list[Row]:
+        """All finished rows of methods, of this and earlier runs: by fraction, then in the order of `METHODS`."""
+        names = [path.stem for path in sorted((self.folder / _ROWS).glob("*.json")) if path.stem != "dense"]
+        rows = [row for row in map(self.read, names) if row is not None and row.get("method") in METHODS]
+        return sorted(rows, key=lambda row: (row["asked"], METHODS.index(row["method"])))
+
     def write(self, key: str, row: Row) -> None:
         write_whole(self._path(key), json.dumps(row, indent=2) + "\n")
 
@@ -206,7 +212,7 @@ def identity_of(comparison: Comparison, plan: Plan, names: dict[str, Any]) -> di
 def run_quality(
     comparison: Comparison, plan: Plan, folder: QualityFolder, progress: bool | None
 ) -> tuple[Row, list[Row]]:
-    """The dense row and every row of the plan; rows that are in the folder already are not made again.
+    """The dense row, and the rows of the plan and of earlier runs into the folder; what is there is not made again.
 
     A method that cannot do what is asked gives a row with `error` instead of figures, and is tried again next time.
     """
@@ -215,7 +221,7 @@ def run_quality(
     if dense is None:
         dense = _dense_row(comparison)
         folder.write("dense", dense)
-    rows: list[Row] = []
+    failed: list[Row] = []
     total = len(plan.methods) * len(plan.removed)
     bar = tqdm(total=total, unit="row", desc="quality", disable=None if progress is None else not progress)
     with bar:
@@ -227,9 +233,10 @@ def run_quality(
                 if row is None:
                     row = _row(comparison, plan, folder, name, removed)
                     folder.write(key, row)
-                rows.append(row)
+                if "error" in row:
+                    failed.append(row)
                 bar.update(1)
-    return dense, rows
+    return dense, sorted(folder.finished() + failed, key=lambda row: (row["asked"], METHODS.index(row["method"])))
 
 
 def _dense_row(comparison: Comparison) -> Row:
