@@ -192,6 +192,8 @@ def test_shortfalls() -> None:
     assert len(missed) == 1 and "the bar is 0.876 and 0.03" in missed[0]
     broken = [{"method": "ours", "title": "ours", "asked": 0.44, "error": "no"}]
     assert "gave nothing" in shortfalls(broken, "other")[0]
+    slow = [{**ours[0], "forward_passes": 13.0}]
+    assert "13.0 forward passes" in shortfalls(slow, "sst2")[0] and shortfalls(slow, "other") == []
 
 
 def test_check_exits_with_an_error(dense: Path, data: Path, tmp_path: Path) -> None:
