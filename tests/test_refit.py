@@ -8,10 +8,11 @@ from common import ONE_SOURCE_CASES, Case, D, calibrated, find, make_dense, make
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from tcsp_hf import Calibration, TCSPError, compress
+from tcsp_hf import Calibration, Search, TCSPError, compress
 from tcsp_hf.architectures import blocks_of, sites_of
 from tcsp_hf.calibration.sample import TokenSample
 from tcsp_hf.compression import latency, removed_fraction
+from tcsp_hf.compression.curves import CurveMeasure
 from tcsp_hf.compression.filters import drop_inputs
 from tcsp_hf.compression.heads import score_factors, score_moments, value_factors
 from tcsp_hf.compression.least_squares import NormalEquations, Segments, gram, ridge, solve
@@ -226,6 +227,25 @@ def test_nothing_is_cut_that_need_not_be(case: Case) -> None:
     for remove in (0.1, 0.2, 0.3, 0.5):
         removed = removed_fraction(dense, compress(dense, stats, remove=remove))
         assert remove <= removed < remove + 0.06  # one rounding step of a tiny model
+
+
+@pytest.mark.parametrize("case", [BERT, T5], ids=str)
+def test_a_search_serves_every_budget(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured once, with the sizes of a search of its own; again for other options."""
+    dense, stats = sampled(case)
+    search, runs, original = Search(), [], CurveMeasure.run
+
+    def counted(self: CurveMeasure, progress: bool | None = None) -> Any:
+        runs.append(self)
+        return original(self, progress)
+
+    monkeypatch.setattr(CurveMeasure, "run", counted)
+    for remove in (0.2, 0.4):
+        shared = compress(dense, stats, remove=remove, search=search)
+        assert shared.config.to_dict() == compress(dense, stats, remove=remove).config.to_dict()
+    assert len(runs) == 3 and search.seconds > 0.0
+    compress(dense, stats, remove=0.2, search=search, axes=("filters",))
+    assert len(runs) == 4
 
 
 @pytest.mark.parametrize("case", [BERT, T5], ids=str)
