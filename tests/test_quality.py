@@ -304,7 +304,7 @@ def test_the_question_comes_first_in_qnli(tmp_path: Path) -> None:
 def test_other_bench_commands(dense: Path, data: Path) -> None:
     options = ("--model", dense, "--task", data, "--json")
     found = json.loads(tcsp("bench", "subspaces", *options, "--widths", "24,16"))
-    assert len(found["rows"]) == 6 and 0.0 <= found["dense_accuracy"] <= 1.0
+    assert len(found["rows"]) == 8 and 0.0 <= found["dense_accuracy"] <= 1.0
     found = json.loads(tcsp("bench", "budget", *options, "--remove", "0.2", "--max-kl", "100"))
     assert found["rows"][0]["removed"] >= 0.2 and found["rows"][0]["kl"] >= 0.0
     assert "KL to dense" in tcsp("bench", "subspaces", *options[:-1], "--widths", 24, "--quiet")
