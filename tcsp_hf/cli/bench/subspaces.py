@@ -41,7 +41,7 @@ def subspaces_command(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Hidden size alone, no training, no labels: shared PCA (the paper), per-site PCA, per-site balanced, and its refit.
+    """Hidden size alone, no training, no labels: shared PCA (the paper), per-site PCA, per-site balanced, and refit.
 
     Score on the validation split, and KL divergence to the dense model, for every width.
     """
