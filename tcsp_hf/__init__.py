@@ -14,6 +14,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .calibration import Calibration, calibrate
     from .compression.compress import compress
+    from .compression.search import Search
     from .configuration_tcsp import TCSPConfig
     from .configuration_tcsp_bert import TCSPBertConfig
     from .configuration_tcsp_t5 import TCSPT5Config
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Calibration": "calibration",
+    "Search": "compression",
     "TCSPBertConfig": "configuration_tcsp_bert",
     "TCSPConfig": "configuration_tcsp",
     "TCSPSeq2SeqTrainer": "train",
@@ -72,6 +74,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Calibration",
+    "Search",
     "TCSPBertConfig",
     "TCSPBertForMaskedLM",
     "TCSPBertForMultipleChoice",

@@ -118,6 +118,8 @@ def test_finished_rows_are_not_made_again(
     again = json.loads(bench(dense, data, output, *options))
     assert len(made) == 5 and again == found
     monkeypatch.undo()
+    one = json.loads(bench(dense, data, output, "--remove", "0.4", "--methods", "svd", "--json"))
+    assert one["rows"] == found["rows"]  # what the folder holds belongs to its table
     fresh = json.loads(bench(dense, data, output, *options, "--fresh"))
     keys = ("method", "asked", "removed", "score", "distance", "flops")
     assert [[row[key] for key in keys] for row in fresh["rows"]] == [
@@ -190,6 +192,8 @@ def test_shortfalls() -> None:
     assert len(missed) == 1 and "the bar is 0.876 and 0.03" in missed[0]
     broken = [{"method": "ours", "title": "ours", "asked": 0.44, "error": "no"}]
     assert "gave nothing" in shortfalls(broken, "other")[0]
+    slow = [{**ours[0], "forward_passes": 13.0}]
+    assert "13.0 forward passes" in shortfalls(slow, "sst2")[0] and shortfalls(slow, "other") == []
 
 
 def test_check_exits_with_an_error(dense: Path, data: Path, tmp_path: Path) -> None:
@@ -300,7 +304,7 @@ def test_the_question_comes_first_in_qnli(tmp_path: Path) -> None:
 def test_other_bench_commands(dense: Path, data: Path) -> None:
     options = ("--model", dense, "--task", data, "--json")
     found = json.loads(tcsp("bench", "subspaces", *options, "--widths", "24,16"))
-    assert len(found["rows"]) == 6 and 0.0 <= found["dense_accuracy"] <= 1.0
+    assert len(found["rows"]) == 8 and 0.0 <= found["dense_accuracy"] <= 1.0
     found = json.loads(tcsp("bench", "budget", *options, "--remove", "0.2", "--max-kl", "100"))
     assert found["rows"][0]["removed"] >= 0.2 and found["rows"][0]["kl"] >= 0.0
     assert "KL to dense" in tcsp("bench", "subspaces", *options[:-1], "--widths", 24, "--quiet")

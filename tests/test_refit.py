@@ -1,17 +1,23 @@
 """The closed forms of the refit against brute force, the search, and what both do for a whole model."""
 
+from typing import Any
+
 import pytest
 import torch
 from common import ONE_SOURCE_CASES, Case, D, calibrated, find, make_dense, make_inputs, outputs
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from tcsp_hf import Calibration, TCSPError, compress
+from tcsp_hf import Calibration, Search, TCSPError, compress
+from tcsp_hf.architectures import blocks_of, sites_of
 from tcsp_hf.calibration.sample import TokenSample
 from tcsp_hf.compression import latency, removed_fraction
+from tcsp_hf.compression.curves import CurveMeasure
 from tcsp_hf.compression.filters import drop_inputs
 from tcsp_hf.compression.heads import score_factors, score_moments, value_factors
 from tcsp_hf.compression.least_squares import NormalEquations, Segments, gram, ridge, solve
+from tcsp_hf.compression.metrics import IDLE_WEIGHT, Metrics
+from tcsp_hf.compression.replay import Replay
 from tcsp_hf.compression.streams import PackedSample, Stream
 
 BERT = find("bert-ForSequenceClassification")
@@ -224,6 +230,25 @@ def test_nothing_is_cut_that_need_not_be(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [BERT, T5], ids=str)
+def test_a_search_serves_every_budget(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured once, with the sizes of a search of its own; again for other options."""
+    dense, stats = sampled(case)
+    search, runs, original = Search(), [], CurveMeasure.run
+
+    def counted(self: CurveMeasure, progress: bool | None = None) -> Any:
+        runs.append(self)
+        return original(self, progress)
+
+    monkeypatch.setattr(CurveMeasure, "run", counted)
+    for remove in (0.2, 0.4):
+        shared = compress(dense, stats, remove=remove, search=search)
+        assert shared.config.to_dict() == compress(dense, stats, remove=remove).config.to_dict()
+    assert len(runs) == 3 and search.seconds > 0.0
+    compress(dense, stats, remove=0.2, search=search, axes=("filters",))
+    assert len(runs) == 4
+
+
+@pytest.mark.parametrize("case", [BERT, T5], ids=str)
 def test_a_larger_budget_never_predicts_a_larger_loss(case: Case) -> None:
     dense, stats = sampled(case)
     predicted = [compress(dense, stats, remove=r).config.projection["options"]["predicted_kl"] for r in (0.1, 0.3, 0.5)]
@@ -336,3 +361,48 @@ def test_what_cannot_be_done_is_named() -> None:
         compress(dense, stats, hidden_size=16, refit=True)
     with pytest.raises(TCSPError, match="sample_tokens"):
         compress(dense, stats, remove=0.2, axes=("heads",))
+
+
+@pytest.mark.parametrize("case", [find("bert-ForQuestionAnswering"), find("t5-ForConditionalGeneration")], ids=str)
+def test_replay_is_a_whole_forward_pass(case: Case) -> None:
+    """Whatever changes, at any depth: the outputs are those of the changed model run from its first layer."""
+    model, batch = make_dense(case, torch.float32), make_inputs(case)
+    with torch.no_grad():
+        replay = Replay(model, [batch])
+        for block in blocks_of(model):
+            before = block.output.weight.clone()
+            block.output.weight.mul_(0.5)
+            (found,) = replay.outputs([block.output])
+            expected = model(**batch)
+            for name, value in outputs_of(found).items():
+                assert torch.equal(value, outputs_of(expected)[name])
+            block.output.weight.copy_(before)
+        (again,) = replay.outputs([sites_of(model)[-1].norm])
+    assert all(torch.equal(value, outputs_of(replay.expected[0])[name]) for name, value in outputs_of(again).items())
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def outputs_of(found: Any) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize(
+    ("name", "idle"),
+    [
+        ("bert-ForSequenceClassification", True),
+        ("bert-ForMultipleChoice", True),
+        ("bert-ForPreTraining", False),  # has a pooler, but its masked-LM head reads every token
+        ("bert-ForTokenClassification", False),
+        ("bert-Model", False),  # mean-pooled
+        ("t5-ForSequenceClassification", False),
+    ],
+)
+def test_only_what_reads_the_first_token_leaves_the_others_idle(name: str, idle: bool) -> None:
+    case = find(name)
+    model = make_dense(case, torch.float32)
+    metrics = Metrics(model, calibrated(case, model))
+    last = [site.name for site in sites_of(model) if site.name != "mlm_head"][-1]
+    weights = metrics.token_weights(last, torch.ones(1, 4, dtype=torch.bool))
+    assert weights.tolist() == ([1.0, *[pytest.approx(IDLE_WEIGHT)] * 3] if idle else [1.0] * 4)
+    first = metrics.token_weights(sites_of(model)[0].name, torch.ones(1, 4, dtype=torch.bool))
+    assert first.tolist() == [1.0] * 4

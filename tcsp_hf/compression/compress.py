@@ -17,10 +17,11 @@ from .check import measured_loss
 from .curves import CurveMeasure
 from .latency import allocate_by_latency
 from .least_squares import FEW_TOKENS
-from .plan import Sizes, allocate
+from .plan import LossCurves, Sizes, allocate
 from .refit_bert import BertRefit
 from .refit_t5 import refit_t5
 from .request import DEFAULT_KIND, Request, check_request, check_statistics
+from .search import Search
 from .sizes import count_parameters, size_table
 from .streams import PackedSample
 from .subspace import Basis, Spectrum, make_basis, spectrum
@@ -44,6 +45,7 @@ def compress(
     uniform: bool = False,
     epsilon: float = 0.3,
     multiple_of: int = 8,
+    search: Search | None = None,
     progress: bool | None = False,
     verbose: bool = False,
 ) -> PreTrainedModel:
@@ -72,6 +74,7 @@ def compress(
         uniform: one width, and one size of each kind for all layers (plain T5, runtimes that want it).
         epsilon: weight of the identity beside Gamma in `"balanced"`, in units of Gamma's mean eigenvalue.
         multiple_of: widths are rounded up to a multiple (D itself always stays possible); said in a warning.
+        search: keeps what the search measures for other budgets; None measures and forgets.
         progress: show bars; None shows them on a terminal only.
         verbose: print the table of sizes before and after, per module, and the loss predicted and measured.
 
@@ -99,7 +102,7 @@ def compress(
     builder = Builder(model, family, head, request.kind, multiple_of)
     spectra = [_pooled_spectrum(stats, members, subspace, epsilon) for members in builder.groups]
     options: dict[str, Any] = {"refit": request.refit, "axes": list(request.axes), "uniform": uniform}
-    sizes = _choose_sizes(model, stats, request, builder, spectra, options, progress)
+    sizes = _choose_sizes(model, stats, request, builder, spectra, search or Search(), options, progress)
     needed = max(sizes.hidden)
     if stats.tokens < needed:
         raise TCSPError(
@@ -130,6 +133,7 @@ def _choose_sizes(
     request: Request,
     builder: Builder,
     spectra: list[Spectrum],
+    search: Search,
     options: dict[str, Any],
     progress: bool | None,
 ) -> Sizes:
@@ -147,11 +151,15 @@ def _choose_sizes(
         else:
             sizes.hidden[:] = [_width_for_removal(model, builder, request.remove or 0.0)] * len(sizes.hidden)
         return sizes
-    measure = CurveMeasure(model, stats, builder.costs(), builder.groups, spectra, request.axes)
-    costs = builder.costs(measure.lengths)
-    curves = measure.run(progress)
+
+    def measure() -> tuple[dict[str, float], LossCurves]:
+        found = CurveMeasure(model, stats, builder.costs(), builder.groups, spectra, request.axes)
+        return found.lengths, found.run(progress)
+
+    lengths, curves = search.measured(stats, request, measure)
+    costs = builder.costs(lengths)
     if request.latency is not None:
-        sizes, options["latency_table"] = allocate_by_latency(builder, measure.lengths, costs, curves, request)
+        sizes, options["latency_table"] = allocate_by_latency(builder, lengths, costs, curves, request)
     elif request.flops is not None:
         goal = request.flops * costs.flops(costs.dense())
         sizes = allocate(curves, costs, goal, request.axes, request.multiple_of, request.uniform, by_flops=True)

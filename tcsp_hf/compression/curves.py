@@ -28,6 +28,7 @@ from .heads import drop_heads, inverse_root, score_moments
 from .least_squares import HELD_OUT_EVERY, NormalEquations, solve
 from .metrics import Metrics
 from .plan import Costs, LossCurves, filter_step
+from .replay import Replay
 from .streams import padded_batches
 from .subspace import Spectrum
 
@@ -87,11 +88,10 @@ class CurveMeasure:
             "encoder": sum(len(row["input_ids"]) for row in rows) / count,
             "decoder": sum(len(row.get("decoder_input_ids", ())) for row in rows) / count,
         }
-        self.expected: list[Any] = []
 
     def run(self, progress: bool | None = None) -> LossCurves:
         with torch.no_grad(), _eager(self.dense):
-            self.expected = [self._forward(batch) for batch in self.probe]
+            self.replay = Replay(self.dense, self.probe)
             curves = LossCurves()
             for members, spectrum in zip(self.groups, self.spectra, strict=True):
                 curves.hidden.append(self._hidden_curve(members, spectrum))
@@ -106,16 +106,14 @@ class CurveMeasure:
                         bar.update(1)
         return curves
 
-    def _forward(self, batch: dict[str, torch.Tensor]) -> Any:
-        return self.dense(**model_inputs(self.dense, batch))
-
-    def _loss(self, alter: Callable[[ExitStack], None]) -> float:
-        """Mean divergence of the dense model with something changed, nats per sequence."""
+    def _loss(self, alter: Callable[[ExitStack], None], changed: Sequence[nn.Module]) -> float:
+        """Mean divergence of the dense model with these modules changed, nats per sequence."""
         total = 0.0
         with ExitStack() as stack:
             alter(stack)
-            for batch, expected in zip(self.probe, self.expected, strict=True):
-                total += float(divergence(self.dense, self.objective, batch, expected, self._forward(batch)))
+            runs = zip(self.probe, self.replay.expected, self.replay.outputs(changed), strict=True)
+            for batch, expected, found in runs:
+                total += float(divergence(self.dense, self.objective, batch, expected, found))
         return total / self.sequences
 
     def _scaled(
@@ -123,13 +121,14 @@ class CurveMeasure:
         curve: np.ndarray,
         sizes: Sequence[int],
         alter: Callable[[int, ExitStack], None],
+        changed: Sequence[nn.Module],
         power: float = 1.0,
     ) -> np.ndarray:
         """The curve times what the loss really is over what it predicts, at these sizes and between, to a power."""
         points: list[tuple[int, float]] = []
         for size in sizes:
             predicted = float(curve[size])
-            measured = self._loss(partial(alter, size))
+            measured = self._loss(partial(alter, size), changed)
             if predicted > 0.0 and np.isfinite(measured) and measured > 0.0:
                 points.append((size, np.log(np.clip(measured / predicted, 1 / _SCALE_LIMIT, _SCALE_LIMIT))))
         if not points:
@@ -164,7 +163,8 @@ class CurveMeasure:
                 stack.callback(site.norm.register_forward_hook(project).remove)
 
         sizes = [max(1, full // 2)]
-        return _HIDDEN_REPAIR * self._scaled(curve, sizes, alter, _HIDDEN_POWER)
+        norms = [self.norms[name].norm for name in members]
+        return _HIDDEN_REPAIR * self._scaled(curve, sizes, alter, norms, _HIDDEN_POWER)
 
     # --- blocks ------------------------------------------------------------------------------------------------
 
@@ -233,7 +233,7 @@ class CurveMeasure:
             for batch in self.batches:
                 seen.clear()
                 with suppress(_Enough):
-                    self._forward(batch)
+                    self.dense(**model_inputs(self.dense, batch))
                 for block in measured:
                     self._add(block, records[block.writes], seen, scales[block.writes], batch)
         return records
@@ -315,6 +315,10 @@ class CurveMeasure:
             stack.callback(self.norms[block.reads].norm.register_forward_hook(keep).remove)
         stack.callback(block.output.register_forward_hook(add).remove)
 
+    def _changed(self, block: Block) -> list[nn.Module]:
+        """What `_replace` changes or must see: the output and, in a BERT, the norm that the block reads."""
+        return [block.output, *([self.norms[block.reads].norm] if self.family == "bert" else [])]
+
     def _without(self, moments: torch.Tensor, whole: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
         """The change of the solution (D, inputs) when the inputs `gone` (mask) go and the others are solved again."""
         stays = ~gone
@@ -338,7 +342,7 @@ class CurveMeasure:
             gone[order[: neurons - size]] = True
             self._replace(block, self._without(moments, whole, gone), stack)
 
-        return self._scaled(curve, [max(1, neurons // 8), max(1, neurons // 2)], alter)
+        return self._scaled(curve, [max(1, neurons // 8), max(1, neurons // 2)], alter, self._changed(block))
 
     def _value_curve(
         self, block: Block, moments: torch.Tensor, whole: torch.Tensor, weighed: torch.Tensor, per_sequence: float
@@ -368,7 +372,7 @@ class CurveMeasure:
             )
             self._replace(block, again.T @ turn - whole, stack)
 
-        return self._scaled(per_sequence * curve.numpy(), [max(1, size // 2)], alter)
+        return self._scaled(per_sequence * curve.numpy(), [max(1, size // 2)], alter, self._changed(block))
 
     def _head_curve(
         self, block: Block, moments: torch.Tensor, whole: torch.Tensor, weighed: torch.Tensor, per_sequence: float
@@ -385,7 +389,7 @@ class CurveMeasure:
                 gone[head * size : (head + 1) * size] = True
             self._replace(block, self._without(moments, whole, gone), stack)
 
-        return self._scaled(curve, [max(1, heads // 2)], alter)
+        return self._scaled(curve, [max(1, heads // 2)], alter, self._changed(block))
 
     def _score_curve(self, block: Block, moments: list[torch.Tensor], per_sequence: float) -> np.ndarray:
         size = self.costs.head_size
@@ -414,7 +418,7 @@ class CurveMeasure:
 
             stack.callback(block.inner[0].register_forward_hook(narrow).remove)
 
-        return self._scaled(per_sequence * losses, [max(1, size // 2)], alter)
+        return self._scaled(per_sequence * losses, [max(1, size // 2)], alter, block.inner[:1])
 
 
 def _first(rows: list[dict[str, list[int]]], tokens: int) -> list[dict[str, list[int]]]:

@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibration import Calibration, calibrate
+from ..calibration.divergence import model_inputs
+from ..compression.streams import padded_batches
 from ..data.sources import load_data
 from ..loading import load_model, load_tokenizer
 from .load_task import load_task
@@ -83,6 +85,15 @@ class Comparison:
         if self.cache is not None:
             stats.save(self.cache)
         return stats
+
+    @cached_property
+    def forward_seconds(self) -> float:
+        """A plain forward pass of the dense model over the sample that the statistics carry: what a refit reads."""
+        started = time.perf_counter()
+        with torch.inference_mode():
+            for batch in padded_batches(self.stats.sample.sequences(), self.dense.device):
+                self.dense(**model_inputs(self.dense, batch))
+        return time.perf_counter() - started
 
     @cached_property
     def reference(self) -> Any:

@@ -54,6 +54,12 @@ def notes(dense: Row, rows: Sequence[Row], latency: tuple[int, int], short: Sequ
         f"alternating runs at {latency[0]} × {latency[1]} tokens on {dense['device']}, {dense['threads']} threads (the "
         "encoder of an encoder-decoder). Peak memory: of the process while the method runs.",
     ]
+    passes = [row["forward_passes"] for row in rows if row.get("forward_passes") is not None]
+    if passes:
+        found.append(
+            f"Search and refit took the time of {min(passes):.1f} to {max(passes):.1f} plain forward passes of the "
+            "dense model over the calibration sample."
+        )
     found += [f"{row['title']} at {row['asked']:.0%}: {row['error']}" for row in rows if "error" in row]
     return found + [f"Short: {line}." for line in short]
 

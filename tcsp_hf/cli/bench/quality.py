@@ -105,7 +105,7 @@ def quality_command(
     if as_json:
         print_json(result)
     else:
-        for asked in plan.removed:
+        for asked in dict.fromkeys(row["asked"] for row in rows):
             table = [cells(row) for row in rows if row["asked"] == asked]
             print_table(f"{title}, {asked:.0%} removed", columns(dense), table)
         typer.echo("\n".join(remarks))
