@@ -193,7 +193,7 @@ class TCSPBertOutput(nn.Module):
             and written.dtype == hidden_states.dtype == self.residual.weight.dtype
             and written.is_contiguous()
             and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
+            and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         )
 
 

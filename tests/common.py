@@ -3,6 +3,7 @@
 Everything is tiny (32 wide, 2 layers, 120 tokens) and reproducible: a seed is an argument, never global state.
 """
 
+import copy
 import itertools
 import os
 from dataclasses import dataclass
@@ -411,6 +412,11 @@ UNEVEN: dict[str, dict[str, Any]] = {
         "cross_layer_vo_head_sizes": [3, 7],
     },
 }
+
+
+def rounding_error(case: Case, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> float:
+    """Largest difference to the same model in float64: the tiny random T5s amplify their rounding."""
+    return largest_difference(outputs(case, copy.deepcopy(model).double(), inputs), outputs(case, model, inputs))
 
 
 def make_uneven(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any) -> PreTrainedModel:

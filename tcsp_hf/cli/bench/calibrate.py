@@ -2,7 +2,7 @@
 
 import platform
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -53,10 +53,10 @@ def calibrate_bench_command(
     torch.manual_seed(0)
     rows: list[CostRow] = []
     for hidden_size, layers in sizes:
-        model: Any = random_classifier(hidden_size, layers).to(device)
+        model = random_classifier(hidden_size, layers).to(device)
         rows += [measure_cost(model, count, batch_size, rounds) for count in counts]
         del model
-    tiny: Any = random_classifier(32, 2).to(device)
+    tiny = random_classifier(32, 2).to(device)
     small, large = memory_growth(tiny, few, many, batch_size)
     growth = large / small - 1.0
     missed = _missed(rows, growth)
