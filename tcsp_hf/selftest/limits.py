@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .children import REFUSED, RIGHT, finish, last_words, start
+from .children import REFUSED, RIGHT, finish, last_words
 from .jobs import JOBS, Job, digest, lay_out
 from .kills import Bench
 from .tally import Tally
@@ -91,12 +91,3 @@ def _no_rights() -> None:
 def _forbid(folder: Path) -> None:
     folder.chmod(0o555)
 
-
-def rights_can_be_tested(start_log: Path) -> bool:
-    """Whether a child without rights can still run Python here (its libraries may be another user's)."""
-
-    def act() -> None:
-        _no_rights()
-        os.listdir(Path(os.__file__).parent)
-
-    return finish(start(act, start_log)) == RIGHT

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-_KEPT = 400
+_KEPT = 20
 
 
 @dataclass
