@@ -10,7 +10,7 @@ import tcsp_hf
 PACKAGE = Path(tcsp_hf.__file__).parent
 REMOTE = sorted([*PACKAGE.glob("configuration_*.py"), *PACKAGE.glob("modeling_*.py")])
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-ALLOWED = {"torch", "transformers", "collections", "copy", "difflib", "inspect", "math", "os", "typing"}
+ALLOWED = {"torch", "transformers", "collections", "copy", "difflib", "inspect", "math", "os", "types", "typing"}
 OF_OS = {"PathLike", "path"}
 FORBIDDEN_CALLS = {"open", "exec", "eval", "compile", "__import__", "input", "breakpoint"}
 FORBIDDEN_METHODS = {"write_text", "write_bytes", "read_text", "read_bytes", "unlink", "system", "load", "hub"}

@@ -23,7 +23,7 @@ _GROWTH = 32 << 20
 
 
 def cycle_rounds(rounds: int) -> Iterator[Tally]:
-    """`rounds` cycles; the tally so far, after every one. Memory and open files are compared half-way and at the end."""
+    """`rounds` cycles; the tally so far, after every one. Memory and open files: half-way against the end."""
     tally = Tally("load, compress, save and load again")
     process = psutil.Process()
     with TemporaryDirectory(prefix="tcsp-selftest-") as name:

@@ -1,4 +1,4 @@
-"""Commands killed (SIGKILL) at random moments: nothing partial is left where a result belongs, and the next run works."""
+"""Commands killed (SIGKILL) at random moments: nothing partial is left behind, and the next run works."""
 
 import os
 import random
@@ -16,6 +16,7 @@ from ..loading import load_model
 from .children import REFUSED, RIGHT, finish, finish_within, hide_bars, kill, last_words, start
 from .jobs import JOBS, Command, Digest, Job, digest, lay_out, lost, not_whole, prepare
 from .tally import Tally
+
 
 class Bench:
     """Folders, and what every job gives when nothing disturbs it.

@@ -90,4 +90,3 @@ def _no_rights() -> None:
 
 def _forbid(folder: Path) -> None:
     folder.chmod(0o555)
-

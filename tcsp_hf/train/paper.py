@@ -7,7 +7,6 @@ are made once and shared by the rows that need the same.
 import dataclasses
 import hashlib
 import json
-import os
 import time
 import tomllib
 from collections.abc import Iterable
