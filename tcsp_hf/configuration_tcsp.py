@@ -10,8 +10,10 @@ import difflib
 import math
 import os
 from collections.abc import Sequence
+from inspect import getattr_static
 from typing import Any, ClassVar
 
+import torch
 from transformers import PreTrainedConfig
 
 METHOD_VERSION = 1
@@ -20,6 +22,13 @@ METHOD_VERSION = 1
 MAX_SIZE = 1 << 20
 """Upper bound of any width in a configuration: refuses absurd sizes before memory is taken."""
 
+MAX_PARAMETERS = 1 << 36
+"""Upper bound of a model's parameters, roughly counted: above the largest T5, far below what widths alone allow."""
+
+_FLAGS = ("use_cache", "is_encoder_decoder", "is_decoder", "add_cross_attention", "tie_word_embeddings", "return_dict")
+_FLAGS += ("output_hidden_states", "output_attentions", "use_return_dict")
+
+_PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
 PROJECTION_KINDS = ("shared", "per_site")
 SUBSPACES = ("pca", "balanced")
 
@@ -104,6 +113,13 @@ def check_number(name: str, value: Any, minimum: float, maximum: float = math.in
         raise ValueError(f"{name} is {value!r}; it must be a finite number from {minimum} to {maximum}.")
 
 
+def _check_kind(name: str, value: Any, kind: type) -> None:
+    """Raise ValueError unless `value` is None or of the kind: a list of names or a dictionary."""
+    good = value is None or isinstance(value, kind)
+    if not good or (kind is list and not all(isinstance(entry, str) for entry in value or ())):
+        raise ValueError(f"{name} is {value!r}; it must be {'a list of names' if kind is list else 'a dictionary'}.")
+
+
 class TCSPConfig(PreTrainedConfig):
     """Base of `TCSPBertConfig` and `TCSPT5Config`.
 
@@ -133,6 +149,7 @@ class TCSPConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._refuse_misspelled(kwargs)
+        self._check_inherited({**{name: getattr(self, name, None) for name in self.__dataclass_fields__}, **kwargs})
         super().__post_init__(**kwargs)
         if self.projection is not None:
             self.projection = copy.deepcopy(self.projection)
@@ -153,6 +170,60 @@ class TCSPConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{type(self).__name__} has no field {name!r} (value {kwargs[name]!r}); allowed: {hint}."
                 )
+
+    def _check_inherited(self, given: dict[str, Any]) -> None:
+        """Refuse values that transformers' own configuration would take, to fail on them later or read them wrongly.
+
+        Args:
+            given: every declared field, and every other keyword.
+        """
+        for name in _FLAGS:
+            value = given.get(name)
+            if value is not None and not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; it must be true or false.")
+        for name in ("dtype", "torch_dtype"):
+            value = given.get(name)
+            known = isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
+            if value is not None and not known and not isinstance(value, torch.dtype):
+                raise ValueError(f"{name} is {value!r}; it must be the name of a number format, as 'float32'.")
+        if given.get("num_labels") is not None:
+            check_size("num_labels", given["num_labels"], minimum=0)
+        check_size("chunk_size_feed_forward", given.get("chunk_size_feed_forward", 0), minimum=0)
+        check_choice("problem_type", given.get("problem_type"), _PROBLEMS)
+        for name in ("architectures", "id2label", "label2id", "auto_map"):
+            _check_kind(name, given.get(name), list if name == "architectures" else dict)
+        for key in given.get("id2label") or {}:
+            if not isinstance(key, int) and not (isinstance(key, str) and key.isdecimal() and len(key) < 10):
+                raise ValueError(f"id2label has the key {key!r}; it must be a number.")
+        for name in ("per_layer_config", "layer_types", "rope_scaling", "rope_parameters"):
+            if given.get(name) is not None:
+                raise ValueError(f"{name} is {given[name]!r}; {type(self).__name__} has no such thing, leave it out.")
+        for name in given.keys() - self.__dataclass_fields__.keys() - {"model_type"}:
+            found = getattr_static(type(self), name, None)
+            settable = isinstance(found, property) and found.fset is not None
+            if name.startswith("__") or not (found is None or settable):
+                raise ValueError(f"{type(self).__name__} has no field {name!r}; the name is taken, leave it out.")
+
+    def check_token(self, name: str) -> None:
+        """Raise ValueError unless the field is None or an entry of the vocabulary."""
+        value = getattr(self, name)
+        if value is not None:
+            check_size(name, value, minimum=0, maximum=self.vocab_size - 1)  # type: ignore[attr-defined]
+
+    def check_activation(self, name: str, value: Any) -> None:
+        """Raise ValueError unless `value` is an activation that transformers knows, or a function. Models check it."""
+        from transformers.activations import ACT2FN  # imports much that a configuration does not need
+
+        if not (isinstance(value, str) and value in ACT2FN) and not callable(value):
+            raise ValueError(f"{name} is {value!r}; allowed: {', '.join(sorted(ACT2FN))}.")
+
+    def check_parameters(self, count: int) -> None:
+        """Raise ValueError if the model would have an absurd number of parameters, before it is built."""
+        if count > MAX_PARAMETERS:
+            raise ValueError(
+                f"vocab_size, the widths and the number of layers together make {count:,} parameters or more; at most "
+                f"{MAX_PARAMETERS:,} are allowed."
+            )
 
     def site_widths(self) -> dict[str, int]:
         """Name and width of every site, in the order of the forward pass."""
@@ -223,8 +294,8 @@ class TCSPConfig(PreTrainedConfig):
         """As `PreTrainedConfig.from_dict`; on `TCSPConfig` itself, the subclass that `model_type` names."""
         if cls is TCSPConfig:
             model_type = config_dict.get("model_type")
-            if model_type not in TCSPConfig.subclasses or model_type == cls.model_type:
-                known = sorted(name for name in TCSPConfig.subclasses if name != cls.model_type)
+            known = sorted(name for name in TCSPConfig.subclasses if name != cls.model_type)
+            if model_type not in known:
                 raise ValueError(
                     f"model_type is {model_type!r}, which is no compressed model; allowed: {', '.join(known)}."
                 )

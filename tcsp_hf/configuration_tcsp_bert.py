@@ -147,6 +147,10 @@ class TCSPBertConfig(TCSPConfig):
             if getattr(self, name) is not None:
                 check_size(name, getattr(self, name))
         check_number("layer_norm_eps", self.layer_norm_eps, 0.0)
+        check_number("initializer_range", self.initializer_range, 0.0, 1e6)
+        self.check_token("pad_token_id")
+        if not isinstance(self.hidden_act, str) and not callable(self.hidden_act):
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; it must be the name of an activation, as 'gelu'.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0.0, 1.0)
@@ -167,10 +171,23 @@ class TCSPBertConfig(TCSPConfig):
         check_sizes("layer_attention_heads", self.layer_attention_heads, layers, maximum=self.num_attention_heads)
         check_sizes("layer_qk_head_sizes", self.layer_qk_head_sizes, layers, maximum=self.dense_head_dim)
         check_sizes("layer_vo_head_sizes", self.layer_vo_head_sizes, layers, maximum=self.dense_head_dim)
+        self.check_parameters(self._rough_parameters())
         super().check()
+
+    def _rough_parameters(self) -> int:
+        """Of the tables and the layers' linears; residual maps, norms and heads are left out."""
+        rows = self.vocab_size + self.max_position_embeddings + self.type_vocab_size
+        count = rows * self.site_size(0)
+        for layer in range(self.num_hidden_layers):
+            reads, middle, writes = (self.site_size(2 * layer + i) for i in range(3))
+            qk, vo = self.qk_head_size_of(layer), self.vo_head_size_of(layer)
+            count += self.attention_heads_of(layer) * (2 * qk * reads + vo * (reads + middle))
+            count += self.intermediate_size_of(layer) * (middle + writes)
+        return count
 
     def check_heads(self) -> None:
         """Heads must divide the dense width, unless `head_dim` says their size. Models check it, as in transformers."""
+        self.check_activation("hidden_act", self.hidden_act)
         width = self.dense_hidden_size
         if self.head_dim is None and width % self.num_attention_heads:
             raise ValueError(

@@ -191,6 +191,13 @@ class TCSPT5Config(TCSPConfig):
             if getattr(self, name) is not None:
                 check_size(name, getattr(self, name))
         check_number("layer_norm_epsilon", self.layer_norm_epsilon, 0.0)
+        check_number("initializer_factor", self.initializer_factor, 0.0, 1e6)
+        for name in ("tie_lm_head", "scale_decoder_outputs"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
+        for name in ("pad_token_id", "decoder_start_token_id"):
+            self.check_token(name)
+        self._check_buckets()
         check_number("dropout_rate", self.dropout_rate, 0.0, 1.0)
         check_number("classifier_dropout", self.classifier_dropout, 0.0, 1.0)
         proj = self.feed_forward_proj
@@ -222,7 +229,31 @@ class TCSPT5Config(TCSPConfig):
             self.layers_of("decoder"),
             maximum=self.num_heads,
         )
+        self.check_parameters(self._rough_parameters())
         super().check()
+
+    def _check_buckets(self) -> None:
+        """Half of a stack's buckets count single distances, the others are logarithmic up to the maximum."""
+        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if buckets < 4 or distance <= buckets // 2:
+            raise ValueError(
+                f"relative_attention_num_buckets is {buckets} and relative_attention_max_distance {distance}; allowed: "
+                "at least 4 buckets, and a distance above half their number."
+            )
+
+    def _rough_parameters(self) -> int:
+        """Of the tables and the layers' linears; norms and heads are left out."""
+        count = self.vocab_size * max(self.stack_width(stack) for stack in STACKS)
+        count += self.relative_attention_num_buckets * self.num_heads
+        for group in GROUPS:
+            stack = "encoder" if group == "encoder" else "decoder"
+            width = self.stack_width(stack)
+            for layer in range(self.layers_of(stack)):
+                sizes = self.qk_head_size_of(group, layer) + self.vo_head_size_of(group, layer)
+                count += 2 * self.attention_heads_of(group, layer) * sizes * width
+                if group != "cross":
+                    count += (3 if self.is_gated_act else 2) * self.intermediate_size_of(stack, layer) * width
+        return count
 
     def _check_kept_heads(self, name: str, layers: int) -> None:
         kept = getattr(self, name)

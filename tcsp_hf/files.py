@@ -1,23 +1,33 @@
 """Folders and files that appear whole or not at all."""
 
+import glob
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import TCSPError
 
+if sys.platform != "win32":
+    import fcntl
+
+_STAGING, _OLD = ".partial", ".old"
+
 
 def check_output_folder(path: str | os.PathLike[str], overwrite: bool) -> Path:
     """Refuse, before any long work, a place that `new_folder` could not write.
+
+    Where a run was killed in the very moment of replacing `path`, the old content is put back first.
 
     Raises:
         TCSPError: `path` is a file, a folder that is not empty (and `overwrite` is False), or lies below something
             that is not a writable folder.
     """
     folder = Path(path)
+    _put_back(folder)
     if folder.is_symlink() or folder.is_file():
         raise TCSPError(f"{folder} is not a folder: name a new or an empty folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -35,31 +45,35 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
     """Yield a temporary folder that takes the place of `path` when the block ends without an exception.
 
     An existing non-empty `path` is refused unless `overwrite`; it is then replaced as a whole. After an exception
-    (or a kill) `path` is as it was.
+    (or a kill) `path` is as it was. What runs that were killed left beside it is removed.
 
     Raises:
         TCSPError: see `check_output_folder`.
     """
     target = check_output_folder(path, overwrite).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    _sweep(target)
+    staging, lock = _make_staging(target)
     try:
         os.chmod(staging, 0o777 & ~_umask())  # mkdtemp's folders are private to the user
         yield staging
         if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_OLD, dir=target.parent))
             os.replace(target, old / "old")
             os.replace(staging, target)
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        _release(lock)
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that is there whole or not at all; an existing one is replaced."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    _sweep(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_STAGING, dir=path.parent)
+    lock = _lock(Path(name))
     try:
         with open(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
@@ -67,6 +81,84 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
+        _release(lock)
+
+
+# What a killed run leaves -------------------------------------------------------------------------------------------
+
+
+def set_aside(path: Path) -> list[Path]:
+    """Where a run that is replacing `path`, or was killed while it did, keeps the old content."""
+    return [found / "old" for found in _beside(path, _OLD) if (found / "old").is_dir()]
+
+
+def _beside(path: Path, suffix: str) -> list[Path]:
+    """`.NAME.RANDOM.suffix`, as this module names them; RANDOM holds no dot, so those of NAME.txt are not NAME's."""
+    start = f".{path.name}."
+    found = path.parent.glob(f"{glob.escape(start)}*{suffix}")
+    return sorted(one for one in found if "." not in one.name.removeprefix(start).removesuffix(suffix))
+
+
+def _put_back(target: Path) -> None:
+    """Undo the first of two renames, where a run was killed between them."""
+    if target.exists() or target.is_symlink() or not target.parent.is_dir():
+        return
+    running = [found for found in _beside(target, _STAGING) if _is_held(found)]
+    for old in [] if running else set_aside(target):
+        os.replace(old, target)
+        old.parent.rmdir()
+        return
+
+
+def _sweep(target: Path) -> None:
+    """Remove the staging folders and files of runs that are no longer there."""
+    staging = _beside(target, _STAGING)
+    if any(_is_held(found) for found in staging):
+        return  # another run works on the same target: all that is hidden may be its own
+    for found in [*staging, *(_beside(target, _OLD) if target.exists() else [])]:
+        if found.is_dir():
+            shutil.rmtree(found, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                found.unlink()
+
+
+def _make_staging(target: Path) -> tuple[Path, int | None]:
+    """A folder that this process holds a lock on."""
+    while True:
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_STAGING, dir=target.parent))
+        lock = _lock(staging)
+        if staging.is_dir():  # another run may have swept it away before the lock was there
+            return staging, lock
+        _release(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """Hold `path` until `_release`, or until this process ends in whatever way; None where it cannot be held."""
+    if sys.platform == "win32":
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held by another process, or a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _release(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a living process may be writing there."""
+    lock = _lock(path)
+    _release(lock)
+    return lock is None
 
 
 def _umask() -> int:

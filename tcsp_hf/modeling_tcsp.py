@@ -56,13 +56,18 @@ class TCSPPreTrainedMixin:
             )
         return model
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`, after validating the configuration.
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, allow_nan: bool = False, **kwargs: Any
+    ) -> None:
+        """As `PreTrainedModel.save_pretrained`, after validating the configuration and the weights.
 
         Raises:
-            ValueError: the configuration contradicts itself; nothing is written then.
+            ValueError: the configuration contradicts itself, or a weight is NaN or infinite and `allow_nan` is False;
+                nothing is written then.
         """
         self.config.check()  # type: ignore[attr-defined]
+        if not allow_nan:
+            self._refuse_nan()
         self.config.auto_map = dict(self.auto_map)  # type: ignore[attr-defined]
         options: dict[str, Any] = {}
         push = TCSPPreTrainedMixin.publisher is not None and kwargs.pop("push_to_hub", False)
@@ -72,6 +77,14 @@ class TCSPPreTrainedMixin:
         super().save_pretrained(save_directory, *args, **kwargs)
         if push:
             self.push_to_hub(**options)
+
+    def _refuse_nan(self) -> None:
+        for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
+            if parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
+                raise ValueError(
+                    f"{name} holds a NaN or an infinity, so nothing was saved: save_pretrained(..., allow_nan=True) "
+                    "saves it all the same."
+                )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """As `PreTrainedModel.push_to_hub`, with the checks and the model card of `tcsp_hf.publish.push`.

@@ -418,6 +418,7 @@ class _EncoderDecoder(TCSPT5PreTrainedModel):
         # the stock model's __init__, next in the order of resolution, would build dense stacks
         PreTrainedModel.__init__(self, config)
         config.check()
+        config.check_activation("feed_forward_proj", config.dense_act_fn)
         self.model_dim = config.d_model
         self.num_labels = config.num_labels
         self.shared = nn.Embedding(config.vocab_size, config.stack_width("encoder"))
@@ -505,6 +506,7 @@ class TCSPT5EncoderModel(TCSPT5PreTrainedModel, T5EncoderModel):
             config.projection["sites"] = sites
         PreTrainedModel.__init__(self, config)
         config.check()
+        config.check_activation("feed_forward_proj", config.dense_act_fn)
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = TCSPT5Stack(config)
         self.post_init()

@@ -94,24 +94,40 @@ class TokenSample:
             TCSPError: the tensors contradict each other.
         """
         budget = tensors.get("sample.budget")
-        sample = cls(0 if budget is None else int(budget.reshape(-1)[0]))
+        sample = cls(0 if budget is None else int(_integers(tensors, "sample.budget", (1,))[0]))
         if "sample.limit" in tensors:
-            sample._limit = _whole(*tensors["sample.limit"].reshape(-1).tolist())
-        keys = tensors.get("sample.keys")
-        if keys is None:
+            sample._limit = _whole(*_integers(tensors, "sample.limit", (1, 2))[0].tolist())
+        if "sample.keys" not in tensors:
             return sample
+        keys = _integers(tensors, "sample.keys", (-1, 2))
         columns: dict[str, list[list[int]]] = {}
         for name in NAMES:
             if f"sample.{name}" not in tensors:
                 continue
-            flat, lengths = tensors[f"sample.{name}"], tensors.get(f"sample.{name}.lengths")
-            good = lengths is not None and lengths.shape == keys.shape[:1] and bool((lengths >= 0).all())
-            if not good or lengths is None or int(lengths.sum()) != flat.numel():
+            flat = _integers(tensors, f"sample.{name}", (-1,))
+            lengths = _integers(tensors, f"sample.{name}.lengths", (len(keys),))
+            if bool((lengths < 0).any()) or int(lengths.sum()) != len(flat) or bool((flat < 0).any()):
                 raise TCSPError(f"The statistics' token sample is damaged: {name} does not fit its lengths.")
             columns[name] = [part.tolist() for part in flat.split(lengths.tolist())]
+        if "input_ids" not in columns:
+            raise TCSPError("The statistics' token sample is damaged: it has no input_ids.")
         for i, halves in enumerate(keys.tolist()):
-            sample.add(_whole(*halves), {name: rows[i] for name, rows in columns.items()})
+            if columns["input_ids"][i]:
+                sample.add(_whole(*halves), {name: rows[i] for name, rows in columns.items()})
         return sample
+
+
+def _integers(tensors: dict[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The integers called `name`; -1 in `shape` is any length.
+
+    Raises:
+        TCSPError: they are missing, no integers, or of another shape.
+    """
+    found = tensors.get(name)
+    good = found is not None and found.dtype in (torch.int32, torch.int64) and found.dim() == len(shape)
+    if found is None or not good or any(want not in (-1, size) for want, size in zip(shape, found.shape, strict=True)):
+        raise TCSPError(f"The statistics' token sample is damaged: {name} is missing, or no integers of its shape.")
+    return found
 
 
 def _length(rows: dict[str, list[int]]) -> int:

@@ -216,9 +216,12 @@ class Calibration:
             moment = _full(tensors.get(f"{name}.moment_sum"), size, f"{name}.moment_sum")
             fisher_name = f"{name}.fisher_sum"
             fisher = _full(tensors[fisher_name], size, fisher_name) if fisher_name in tensors else None
-            sites[name] = SiteStatistics(
-                tokens, moment, fisher, tensors.get(f"{name}.query_fisher_sum"), tensors.get(f"{name}.common_sum")
-            )
+            query, common = tensors.get(f"{name}.query_fisher_sum"), tensors.get(f"{name}.common_sum")
+            if query is not None:
+                _check_numbers(query, f"{name}.query_fisher_sum", query.dim() == 3 and query.shape[1] == query.shape[2])
+            if common is not None:
+                _check_numbers(common, f"{name}.common_sum", common.dim() == 0 and float(common) >= 0.0)
+            sites[name] = SiteStatistics(tokens, moment, fisher, query, common)
         fields = {
             name: summary[name]
             for name in (
@@ -268,13 +271,13 @@ def _read_summary(path: Path) -> dict[str, Any]:
     if not 1 <= summary["hidden_size"] <= 1 << 16:
         raise TCSPError(f"{path}: hidden_size is {summary['hidden_size']}; allowed: 1 to {1 << 16}.")
     for name, tokens in summary["tokens"].items():
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens < 1 << 60:
             raise TCSPError(f"{path}: tokens[{name!r}] is {tokens!r}; it must be a positive integer.")
-    if not summary["tokens"] or summary["sequences"] < 1:
+    if not summary["tokens"] or not 1 <= summary["sequences"] < 1 << 60:
         raise TCSPError(f"{path} describes no data.")
     try:
         int(summary["data_fingerprint"], 16)
-    except ValueError as error:
+    except ValueError as error:  # (a number too long to be one, too)
         raise TCSPError(f"{path}: data_fingerprint is no hexadecimal number.") from error
     return summary
 
@@ -292,6 +295,14 @@ def _full(triangle: torch.Tensor | None, size: int, name: str) -> torch.Tensor:
     full[rows, columns] = triangle
     full[columns, rows] = triangle
     return full
+
+
+def _check_numbers(tensor: torch.Tensor, name: str, shaped: bool) -> None:
+    if tensor.dtype != torch.float64 or not shaped or not math.isfinite(float(tensor.sum())):
+        raise TCSPError(
+            f"{name} is damaged ({tensor.dtype} {tuple(tensor.shape)}, or a number that is not finite or negative): "
+            "calibrate again."
+        )
 
 
 def _sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ import logging
 import sys
 
 import typer
+from safetensors import SafetensorError
 
 from ..errors import TCSPError
 from ..version import __version__
@@ -17,6 +18,7 @@ from .export import export_command
 from .finetune import evaluate_command, finetune_command
 from .inspect import inspect_command
 from .push import push_command
+from .selftest import selftest_command
 from .train import train_command
 
 app = typer.Typer(
@@ -40,6 +42,7 @@ app.command("train")(train_command)
 app.command("card")(card_command)
 app.command("push")(push_command)
 app.command("export")(export_command)
+app.command("selftest")(selftest_command)
 app.add_typer(bench_app, name="bench")
 
 
@@ -59,9 +62,9 @@ def _options(
 
 
 def run() -> None:
-    """Run the command line; a bad request ends with its message and status 2, never with a traceback."""
+    """Run the command line; a bad request, a full disk or too little memory ends with its message and status 2."""
     try:
         app()
-    except TCSPError as error:
-        typer.echo(f"error: {error}", err=True)
+    except (TCSPError, OSError, SafetensorError, MemoryError) as error:
+        typer.echo(f"error: {error or type(error).__name__}", err=True)
         sys.exit(2)

@@ -1,5 +1,6 @@
 """What a compressed model really lost, on sequences of the calibration's own sample."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 from ..calibration import Calibration
 from ..calibration.divergence import divergence, model_inputs
 from ..calibration.objectives import objective_of
+from ..errors import TCSPError
 from .least_squares import HELD_OUT_EVERY
 from .streams import padded_batches
 
@@ -35,7 +37,11 @@ def objective_name(dense: PreTrainedModel, stats: Calibration) -> str:
 
 
 def measured_loss(dense: PreTrainedModel, small: Any, stats: Calibration) -> float | None:
-    """Mean divergence to the dense model, in nats per sequence; None without a sample."""
+    """Mean divergence to the dense model, in nats per sequence; None without a sample.
+
+    Raises:
+        TCSPError: it is no finite number.
+    """
     rows = probe_sequences(stats, _SEQUENCES, _TOKENS)
     if not rows:
         return None
@@ -51,4 +57,9 @@ def measured_loss(dense: PreTrainedModel, small: Any, stats: Calibration) -> flo
             total += float(divergence(dense, objective, batch, expected, found))
     for module in training:
         module.training = True
+    if not math.isfinite(total):
+        raise TCSPError(
+            "The compressed model's outputs on the calibration's own sequences hold a NaN or an infinity: compress in "
+            "float32 (load the dense model with dtype=torch.float32), or to a larger size."
+        )
     return total / len(rows)

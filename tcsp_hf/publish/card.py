@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..compression import count_parameters
 from ..errors import TCSPError
+from ..files import write_whole
 from ..version import __version__
 from .checkpoint import Checkpoint, read_checkpoint
 from .cuts import LayerCut, dense_sizes, layer_cuts
@@ -103,8 +104,8 @@ def write_card(
             shutil.copyfile(source, checkpoint.folder / source.name)
     shown = shown.merge(CardResults(pictures={caption: source.name for caption, source in sources.items()}))
     text = render_card(checkpoint, shown, name=name)
-    _replace(checkpoint.folder / RESULTS_FILE, redact(shown.to_json()))
-    _replace(path, text)
+    write_whole(checkpoint.folder / RESULTS_FILE, redact(shown.to_json()))
+    write_whole(path, text)
     return path
 
 
@@ -116,13 +117,6 @@ def stored_results(folder: Path) -> CardResults:
 
 def _inside(folder: Path, file: Path) -> bool:
     return file.resolve().parent == folder.resolve()
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    staging = path.with_name(f".{path.name}.partial")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)
 
 
 # Where it comes from ------------------------------------------------------------------------------------------------

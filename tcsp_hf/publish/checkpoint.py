@@ -18,6 +18,7 @@ from ..configuration_tcsp_bert import TCSPBertConfig
 from ..errors import TCSPError
 
 _SAVE_AGAIN = "save it again with model.save_pretrained(folder)"
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 
 
@@ -70,7 +71,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         raise TCSPError(f"{path} has no config.json, so it is no checkpoint: {_SAVE_AGAIN}.")
     try:
         config = TCSPConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise TCSPError(f"{path} is no compressed checkpoint: {error}") from error
     model_class = _model_class(path, config)
     _check_code(path, config, model_class)
@@ -103,6 +104,8 @@ def _check_code(path: Path, config: Any, model_class: Any) -> None:
         if name in seen:
             continue
         seen.add(name)
+        if not name.isidentifier():
+            raise TCSPError(f"{path / 'config.json'} names {name!r} in auto_map, which is no module: {_SAVE_AGAIN}.")
         file = path / f"{name}.py"
         if not file.is_file():
             raise TCSPError(f"{path} lacks {file.name}, which trust_remote_code=True needs: {_SAVE_AGAIN}.")
@@ -138,7 +141,10 @@ def _weights(path: Path) -> tuple[dict[str, tuple[int, ...]], int]:
         try:
             with safe_open(path / name, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 - not a dict
-                    shapes[key] = tuple(file.get_slice(key).get_shape())
+                    found = file.get_slice(key)
+                    if found.get_dtype() not in _FLOATS:
+                        raise TCSPError(f"{key} in {path / name} holds {found.get_dtype()}; {_SAVE_AGAIN}.")
+                    shapes[key] = tuple(found.get_shape())
         except (SafetensorError, OSError) as error:
             raise TCSPError(f"{path / name} is damaged ({error}): {_SAVE_AGAIN}.") from error
     return shapes, sum((path / name).stat().st_size for name in names)
@@ -146,8 +152,11 @@ def _weights(path: Path) -> tuple[dict[str, tuple[int, ...]], int]:
 
 def _on_meta(model_class: Any, config: TCSPConfig, shapes: dict[str, tuple[int, ...]]) -> PreTrainedModel:
     bare = model_class.__name__ == "TCSPBertModel" and not any(name.startswith("pooler.") for name in shapes)
-    with torch.device("meta"):
-        model: PreTrainedModel = model_class(config, **({"add_pooling_layer": False} if bare else {}))
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = model_class(config, **({"add_pooling_layer": False} if bare else {}))
+    except ValueError as error:  # what only models check
+        raise TCSPError(f"The configuration fits no model: {error}") from error
     model.tie_weights()
     return model
 

@@ -67,12 +67,20 @@ def checkpoint_to_resume(wanted: str | os.PathLike[str] | bool | None, output_di
         if not _is_complete(folder):
             raise TCSPError(f"{folder} is no complete checkpoint: {_STATE} is missing or damaged.")
         return folder
+    last = last_complete(output_dir)
+    if last is None:
+        raise TCSPError(f"There is no complete checkpoint in {output_dir}: train without resume_from_checkpoint first.")
+    return last
+
+
+def last_complete(output_dir: str) -> Path | None:
+    """The last complete checkpoint of a trainer's folder; None where a run was killed before there was one."""
     found = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: _step(path), reverse=True)
     for folder in found:
         if _is_complete(folder):
             return folder
         logger.warning("%s is incomplete (the run was killed while writing it): it is passed over.", folder)
-    raise TCSPError(f"There is no complete checkpoint in {output_dir}: train without resume_from_checkpoint first.")
+    return None
 
 
 def _step(path: Path) -> int:

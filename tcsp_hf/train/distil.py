@@ -12,6 +12,7 @@ from ..errors import TCSPError
 from ..tasks.features import make_collator, make_features
 from ..tasks.table import TEXT, Task, form_of
 from .arguments import TCSPSeq2SeqTrainingArguments, TCSPTrainingArguments
+from .checkpoint import last_complete
 from .finetune import Schedule, TrainingResult, quieten
 from .trainer import TCSPSeq2SeqTrainer, TCSPTrainer
 
@@ -93,8 +94,8 @@ def run_training(trainer: Any, resume: bool = False) -> tuple[Any, TrainingResul
         resume: go on from the last complete checkpoint in the trainer's folder, if there is one.
     """
     started = time.perf_counter()
-    go_on = resume and any(Path(trainer.args.output_dir).glob("checkpoint-*/trainer_state.json"))
-    result = trainer.train(resume_from_checkpoint=go_on or None)
+    last = last_complete(str(trainer.args.output_dir)) if resume else None
+    result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
     trainer.model.eval()
     rows = len(trainer.train_dataset)
     took = TrainingResult(time.perf_counter() - started, result.global_step, rows, result.training_loss)

@@ -7,7 +7,6 @@ are made once and shared by the rows that need the same.
 import dataclasses
 import hashlib
 import json
-import os
 import time
 import tomllib
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ from ..calibration import Calibration
 from ..compression import removed_fraction
 from ..compression.plan import AXES
 from ..errors import TCSPError
-from ..files import new_folder
+from ..files import new_folder, write_whole
 from ..loading import load_model, load_tokenizer
 from ..tasks import Task, find_task, score
 from .distil import run_training, task_trainer
@@ -218,7 +217,7 @@ def run_row(row: Row, results: Path, quiet: bool = True, progress: bool | None =
         "seconds": round(seconds, 1),
         "steps": 0 if took is None else took.steps,
     }
-    _write(path, json.dumps(result, indent=2) + "\n")
+    write_whole(path, json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -244,12 +243,6 @@ def _dense(
     return (resolve_name(row.model) if row.ready else str(kept)), scores
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def references() -> dict[str, Any]:
     """Published figures of other work, with their sources."""
     return json.loads(files("tcsp_hf.data").joinpath("references.json").read_text(encoding="utf-8"))
@@ -257,7 +250,7 @@ def references() -> dict[str, Any]:
 
 def report(results: list[dict[str, Any]], folder: Path) -> Path:
     """Write `results.json` and `README.md`: our rows, and the published figures below them, marked as theirs."""
-    _write(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
     lines = [
         "| model | task | metric | removed | mode | dense | compressed | change | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -284,7 +277,7 @@ def report(results: list[dict[str, Any]], folder: Path) -> Path:
             f"| {entry['method']} | {entry['model']} | {entry['task']} | {removed} | {entry['result']} | "
             f"{entry['source']} |"
         )
-    _write(folder / "README.md", "\n".join(lines) + "\n")
+    write_whole(folder / "README.md", "\n".join(lines) + "\n")
     return folder / "README.md"
 
 
