@@ -25,8 +25,17 @@ MAX_SIZE = 1 << 20
 MAX_PARAMETERS = 1 << 36
 """Upper bound of a model's parameters, roughly counted: above the largest T5, far below what widths alone allow."""
 
-_FLAGS = ("use_cache", "is_encoder_decoder", "is_decoder", "add_cross_attention", "tie_word_embeddings", "return_dict")
-_FLAGS += ("output_hidden_states", "output_attentions", "use_return_dict")
+_FLAGS = (
+    "use_cache",
+    "is_encoder_decoder",
+    "is_decoder",
+    "add_cross_attention",
+    "tie_word_embeddings",
+    "return_dict",
+    "output_hidden_states",
+    "output_attentions",
+    "use_return_dict",
+)
 
 _PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
 PROJECTION_KINDS = ("shared", "per_site")
@@ -208,7 +217,7 @@ class TCSPConfig(PreTrainedConfig):
         """Raise ValueError unless the field is None or an entry of the vocabulary."""
         value = getattr(self, name)
         if value is not None:
-            check_size(name, value, minimum=0, maximum=self.vocab_size - 1)  # type: ignore[attr-defined]
+            check_size(name, value, minimum=0, maximum=self.vocab_size - 1)
 
     def check_activation(self, name: str, value: Any) -> None:
         """Raise ValueError unless `value` is an activation that transformers knows, or a function. Models check it."""

@@ -3,3 +3,14 @@
 
 class TCSPError(ValueError):
     """Bad input or an impossible request. The message names the value and the remedy."""
+
+
+_NO_ROOM = ("allocate memory", "out of memory", "start new thread", "inline_container")
+"""In PyTorch's RuntimeErrors: no memory, no thread; the last is its file writer's word for a full disk."""
+
+
+def ends_a_command(error: BaseException) -> bool:
+    """Whether an error says what is wrong without a traceback: one of ours, or the system's word on disk or memory."""
+    if isinstance(error, (TCSPError, OSError, MemoryError)) or type(error).__name__ == "SafetensorError":
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _NO_ROOM)

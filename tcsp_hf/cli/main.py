@@ -4,9 +4,8 @@ import logging
 import sys
 
 import typer
-from safetensors import SafetensorError
 
-from ..errors import TCSPError
+from ..errors import ends_a_command
 from ..version import __version__
 from .bench import bench_app
 from .calibrate import calibrate_command
@@ -65,6 +64,8 @@ def run() -> None:
     """Run the command line; a bad request, a full disk or too little memory ends with its message and status 2."""
     try:
         app()
-    except (TCSPError, OSError, SafetensorError, MemoryError) as error:
+    except Exception as error:
+        if not ends_a_command(error):
+            raise
         typer.echo(f"error: {error or type(error).__name__}", err=True)
         sys.exit(2)

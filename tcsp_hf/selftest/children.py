@@ -9,29 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import transformers
-from safetensors import SafetensorError
 from tqdm import tqdm
 
-from ..errors import TCSPError
+from ..errors import ends_a_command
 
 RIGHT, REFUSED, WRONG, HUNG = 0, 3, 4, 5
 """Exit codes: it worked; it ended in one clear error; it ended otherwise; it did not end."""
 _LONGEST = 300.0
-_CLEAR = (TCSPError, OSError, MemoryError, SafetensorError)
-_MEMORY = ("allocate memory", "out of memory", "start new thread")
 
 
 def hide_bars() -> None:
     """No progress bars in the parent: they start a thread, and a process with threads must not fork."""
     tqdm.monitor_interval = 0
     transformers.utils.logging.disable_progress_bar()
-
-
-def is_clear(error: BaseException) -> bool:
-    """Whether an error says what is wrong: one of ours, or the system's word on disk or memory."""
-    if isinstance(error, _CLEAR):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _MEMORY)
 
 
 def start(action: Callable[[], None], log: Path) -> int:
@@ -59,7 +49,7 @@ def _outcome(action: Callable[[], None]) -> int:
         action()
         code = RIGHT
     except BaseException as error:
-        code = REFUSED if is_clear(error) else WRONG
+        code = REFUSED if ends_a_command(error) else WRONG
         try:
             traceback.print_exc()
         except (OSError, MemoryError):

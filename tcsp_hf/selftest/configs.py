@@ -192,8 +192,8 @@ def _estimate(config: Any) -> int:
     sizes += [getattr(config, name, 0) or 0 for name in ("intermediate_size", "d_ff", "max_position_embeddings")]
     sizes += [config.num_attention_heads * (config.head_dim or 1), getattr(config, "type_vocab_size", 0)]
     sizes += [getattr(config, name, 0) or 0 for name in ("pooler_size", "mlm_head_size", "mlm_transform_size")]
-    lists = [value for name, value in vars(config).items() if "layer_" in name or name == "site_hidden_sizes"]
-    return max([*sizes, *(size for value in lists if value for size in value if isinstance(size, int))])
+    lists = [value for value in vars(config).values() if isinstance(value, list)]
+    return max([*sizes, *(size for value in lists for size in value if isinstance(size, int))])
 
 
 def _run(config: Any) -> None:

@@ -28,7 +28,7 @@ def make_bert(seed: int = 0, size: int = 16) -> PreTrainedModel:
         num_attention_heads=2,
         intermediate_size=2 * size,
         max_position_embeddings=40,
-        num_labels=3,
+        num_labels=3,  # type: ignore[call-arg]
     )
     return _perturbed(BertForSequenceClassification, config, seed)
 
@@ -44,7 +44,7 @@ def make_t5(seed: int = 0, size: int = 16) -> PreTrainedModel:
         num_heads=2,
         relative_attention_num_buckets=8,
         relative_attention_max_distance=16,
-        decoder_start_token_id=0,
+        decoder_start_token_id=0,  # type: ignore[call-arg]
     )
     return _perturbed(T5ForConditionalGeneration, config, seed)
 
