@@ -195,8 +195,11 @@ class TCSPConfig(PreTrainedConfig):
             known = isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
             if value is not None and not known and not isinstance(value, torch.dtype):
                 raise ValueError(f"{name} is {value!r}; it must be the name of a number format, as 'float32'.")
-        if given.get("num_labels") is not None:
+        if "num_labels" in given:
             check_size("num_labels", given["num_labels"], minimum=0)
+        for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+            if not isinstance(given.get(name), (str, dict, type(None))):
+                raise ValueError(f"{name} is {given[name]!r}; it must be a name, as 'sdpa'.")
         check_size("chunk_size_feed_forward", given.get("chunk_size_feed_forward", 0), minimum=0)
         check_choice("problem_type", given.get("problem_type"), _PROBLEMS)
         for name in ("architectures", "id2label", "label2id", "auto_map"):

@@ -152,7 +152,7 @@ class TCSPBertConfig(TCSPConfig):
         if not isinstance(self.hidden_act, str) and not callable(self.hidden_act):
             raise ValueError(f"hidden_act is {self.hidden_act!r}; it must be the name of an activation, as 'gelu'.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
-            if getattr(self, name) is not None:
+            if name != "classifier_dropout" or self.classifier_dropout is not None:
                 check_number(name, getattr(self, name), 0.0, 1.0)
         width = self.dense_hidden_size
         layers = self.num_hidden_layers

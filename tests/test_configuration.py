@@ -3,6 +3,7 @@
 import copy
 import json
 import tempfile
+from typing import Any
 
 import pytest
 import torch
@@ -409,3 +410,23 @@ def test_unused_keywords_come_back():
 def test_projection_of_a_real_model_is_valid():
     for name in ("bert-ForPreTraining", "t5-gated-ForConditionalGeneration"):
         make_small(find(name)).config.check()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_labels": None}, "num_labels is None"),
+        ({"num_labels": 1 << 40}, "num_labels is"),
+        ({"attn_implementation": 3}, "attn_implementation is 3"),
+        ({"hidden_dropout_prob": None}, "hidden_dropout_prob is None"),
+        ({"id2label": [1]}, "id2label is"),
+        ({"use_cache": "yes"}, "use_cache is 'yes'"),
+        ({"problem_type": "other"}, "problem_type is 'other'"),
+        ({"auto_map": 3}, "auto_map is 3"),
+        ({"to_dict": 3}, "no field 'to_dict'"),
+    ],
+)
+def test_inherited_fields_are_checked(fields: dict[str, Any], message: str) -> None:
+    """What transformers' own configuration would take, to fail on it later. Found by `tcsp selftest`."""
+    with pytest.raises(ValueError, match=message):
+        TCSPBertConfig.from_dict({"model_type": "tcsp_bert", **fields})

@@ -204,7 +204,8 @@ def _run(config: Any) -> None:
         Exception: whatever building and running raises.
     """
     model = _CLASSES[config.model_type][1](config).eval()
-    ids = torch.arange(8).reshape(2, 4) % config.vocab_size
+    longest = min(4, getattr(config, "max_position_embeddings", 4))
+    ids = torch.arange(2 * longest).reshape(2, longest) % config.vocab_size
     more = {"decoder_input_ids": ids[:, :2]} if config.model_type == "tcsp_t5" else {}
     with torch.no_grad():
         found = model(input_ids=ids, **more)[0]
