@@ -5,6 +5,7 @@ import typer
 from .budget import budget_command
 from .latency import latency_command
 from .paper import paper_command
+from .plain_bert import plain_bert_command
 from .quality import quality_command
 from .subspaces import subspaces_command
 
@@ -14,5 +15,6 @@ bench_app.command("budget")(budget_command)
 bench_app.command("quality")(quality_command)
 bench_app.command("latency")(latency_command)
 bench_app.command("paper")(paper_command)
+bench_app.command("plain-bert")(plain_bert_command)
 
 __all__ = ["bench_app"]
