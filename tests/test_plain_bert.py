@@ -131,7 +131,7 @@ def test_refusals() -> None:
     dense, stats = dense_and_sample(CLASSIFIER)
     with pytest.raises(TCSPError, match="no compressed BERT"):
         to_plain_bert(dense)
-    with pytest.raises(TCSPError, match="differ .* uniform=True"):
+    with pytest.raises(TCSPError, match=r"differ .* uniform=True"):
         to_plain_bert(compress(dense, stats, energy=0.9, multiple_of=1))
     small = make_small(CLASSIFIER)
     with pytest.raises(TCSPError, match="token sample"):
@@ -159,7 +159,7 @@ def test_bench_trains_every_form_alike(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("TCSP_DATA_DIR", str(tmp_path / "data"))
     told = ("--model", folder, "--remove", 0.3, "--hidden-size", 28, "--train-samples", 16, "--eval-samples", 20)
     found = json.loads(tcsp("bench", "plain-bert", *told, "--json"))
-    assert [row["form"] for row in found["rows"]][0] == "exact form"
+    assert found["rows"][0]["form"] == "exact form"
     assert len(found["rows"]) == 4
     for row in found["rows"]:
         assert row["removed"] >= 0.3

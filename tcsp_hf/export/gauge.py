@@ -89,9 +89,7 @@ class _Frame:
         return self.mean @ self.least.T + self.others @ (left @ right) @ self.rest.T
 
 
-def _weights(
-    residual: torch.Tensor, moment: torch.Tensor, here: torch.Tensor, there: torch.Tensor
-) -> torch.Tensor:
+def _weights(residual: torch.Tensor, moment: torch.Tensor, here: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
     """Least squares: g_i = E[(Q u)_i (Q' R u)_i] / E[(Q u)_i²]; the mean's coordinate of both is of no account."""
     centred = there - there.mean(0, keepdim=True)
     product = ((centred @ residual @ moment) * here).sum(1)

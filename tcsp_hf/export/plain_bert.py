@@ -124,7 +124,7 @@ def _sizes(
             f"heads is {chosen}; it must divide the width {width} and be at most {own_heads}, the model's number. "
             "Choose another number, or compress to a width that is a multiple of it."
         )
-    if not 1 <= count or not 0 <= 2 * linear < count or count > own_neurons + 2 * linear or linear > width:
+    if not 0 <= 2 * linear < count <= own_neurons + 2 * linear or linear > width:
         raise TCSPError(
             f"neurons is {count} and linear {linear}; of at most {own_neurons} neurons and two for each linear path "
             "some must be left."
@@ -171,8 +171,8 @@ def _exact(model: PreTrainedModel, config: TCSPBertConfig) -> PreTrainedModel:
     kept = (config.attention_heads_of(0), config.qk_head_size_of(0), config.vo_head_size_of(0))
     if kept != (heads, head_size, head_size):
         raise TCSPError(
-            f"The model has {kept[0]} heads of sizes {kept[1]} and {kept[2]}, but in a stock BERT of width {width} heads "
-            f"and their sizes multiply to {width}: compress with axes=('filters',)."
+            f"The model has {kept[0]} heads of sizes {kept[1]} and {kept[2]}, but a stock BERT of width {width} needs "
+            f"{heads} of size {head_size}: compress with axes=('filters',)."
         )
     if config.mlm_transform_width != width or config.pooler_width != width:
         raise TCSPError("The head is narrower than the stream, which no stock BERT has.")
@@ -204,7 +204,10 @@ def _exact(model: PreTrainedModel, config: TCSPBertConfig) -> PreTrainedModel:
             tensors[f"{name}.attention.self.{part}.bias"] = entries
         inner = read(layer.intermediate.dense, 2 * i + 1)
         tensors[f"{name}.intermediate.dense.weight"], tensors[f"{name}.intermediate.dense.bias"] = inner
-        for block, output, t in (("attention.output", layer.attention.output, 2 * i), ("output", layer.output, 2 * i + 1)):
+        for block, output, t in (
+            ("attention.output", layer.attention.output, 2 * i),
+            ("output", layer.output, 2 * i + 1),
+        ):
             tensors[f"{name}.{block}.dense.weight"] = output.dense.weight
             tensors[f"{name}.{block}.dense.bias"] = output.dense.bias - biases[t]
     last = len(norms) - 1

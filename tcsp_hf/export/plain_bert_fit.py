@@ -1,8 +1,8 @@
 """Fits a stock BERT to a compressed one, block by block, in closed form on a token sample.
 
 The coordinates come from `gauge`. Then, as in `compression.refit_bert`, every linear is solved by ridge regression on
-what the stock model itself carries, so that it reproduces the compressed model's sums: what one block could not say, the
-next ones make up for. Heads are narrowed to `hidden_size / heads` and neurons dropped with the same normal equations.
+what the stock model itself carries, so that it reproduces the compressed model's sums: what one block could not say,
+the next ones make up for. Heads are narrowed to `hidden_size / heads` and neurons dropped with the same equations.
 
 Part of a feed-forward network can carry what the LayerNorm's weight cannot: `gelu(x) - gelu(-x) = x` (and so for relu),
 so a pair of neurons is one linear path, and pairs for the leading directions of the rest of a residual map go in among
@@ -30,7 +30,7 @@ _LEAST_WEIGHT = 1e-2  # of a LayerNorm, relative to the median: readers are divi
 
 @dataclass(frozen=True)
 class PlainSizes:
-    """What the stock model has one of: heads (each `hidden_size / heads` wide), neurons, and linear paths among them."""
+    """Of the stock model: heads (each `hidden_size / heads` wide), neurons, and linear paths among the neurons."""
 
     heads: int
     neurons: int
@@ -120,7 +120,7 @@ class PlainBertFitter:
 
     def _gauge(self) -> tuple[list[Stream], Gauge]:
         """Runs the compressed model: its sums y at every site, and coordinates for them."""
-        base, config = self.small, self.small.config
+        base = self.small
         sums = [self._stream() for _ in range(2 * self.layers + 1)]
         moments = [torch.zeros(self.width, self.width, dtype=torch.float64) for _ in sums]
         squares = [0.0] * len(sums)
@@ -135,9 +135,10 @@ class PlainBertFitter:
                 + base.embeddings.token_type_embeddings(self.sample.token_type_ids[rows].to(self.device))
                 + base.embeddings.position_embeddings(self.sample.positions[rows].to(self.device))
             ).float()
+            carried = total
             for t in range(len(sums)):
                 if t > 0:
-                    total = self._exact_block(t - 1, carried, group, config)
+                    total = self._exact_block(t - 1, carried, group)
                 sums[t].write(rows, total)
                 unit = self._unit(total)
                 moments[t] += (unit.T @ unit).double().cpu()
@@ -150,7 +151,7 @@ class PlainBertFitter:
         self.bar.update(2 * self.layers)
         return sums, gauge
 
-    def _exact_block(self, t: int, carried: torch.Tensor, group: Group, config: Any) -> torch.Tensor:
+    def _exact_block(self, t: int, carried: torch.Tensor, group: Group) -> torch.Tensor:
         """The compressed model's sum before norm t + 1, from its stream z at site t."""
         layer = self.small.encoder.layer[t // 2]
         if t % 2:

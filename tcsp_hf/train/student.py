@@ -8,12 +8,12 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..tasks.features import make_collator, make_features
 from ..tasks.table import Task, form_of
-from .distil import Distiller
+from .distillation import Distiller
 from .finetune import Schedule, quieten
 
 
 class StudentTrainer(Trainer):
-    """A Trainer whose loss is `distillation` of the teacher's outputs, at temperature 2, and the rest of the labels'."""
+    """A Trainer whose loss is by `distillation` the teacher's outputs at temperature 2, for the rest the labels."""
 
     def __init__(self, teacher: PreTrainedModel, distillation: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -7,6 +7,7 @@ from .latency import latency_command
 from .paper import paper_command
 from .plain_bert import plain_bert_command
 from .quality import quality_command
+from .retrieval import retrieval_command
 from .subspaces import subspaces_command
 
 bench_app = typer.Typer(help="Measure: the commands behind the figures of the README.", no_args_is_help=True)
@@ -16,5 +17,6 @@ bench_app.command("quality")(quality_command)
 bench_app.command("latency")(latency_command)
 bench_app.command("paper")(paper_command)
 bench_app.command("plain-bert")(plain_bert_command)
+bench_app.command("retrieval")(retrieval_command)
 
 __all__ = ["bench_app"]

@@ -102,7 +102,8 @@ def neurons_for(dense: PreTrainedModel, width: int, remove: float) -> int:
 
     def size(neurons: int) -> int:
         fields = {"hidden_size": width, "intermediate_size": neurons}
-        return meta_count(BertForSequenceClassification, BertConfig(**{**dense.config.to_dict(), **fields})).non_embedding
+        config = BertConfig(**{**dense.config.to_dict(), **fields})
+        return meta_count(BertForSequenceClassification, config).non_embedding
 
     goal = int((1.0 - remove) * count_parameters(dense).non_embedding)
     one = size(1)
