@@ -400,3 +400,35 @@ def test_results_of_no_checkpoint(tmp_path: Path) -> None:
     transformers.BertConfig().save_pretrained(tmp_path)
     with pytest.raises(TCSPError, match="no compressed checkpoint"):
         render_card(tmp_path)
+
+
+def test_cards_on_a_shelf(folder: Path, tmp_path: Path) -> None:
+    """The card elsewhere, its picture beside it, an index over all cards; no file of the user's is touched."""
+    picture, scores = tmp_path / "bars.png", tmp_path / "scores.json"
+    picture.write_bytes(b"\x89PNG")
+    scores.write_text(RESULTS.to_json())
+    shelf = tmp_path / "model_cards"
+    told = ("card", folder, "--results", scores, "--picture", f"Bars={picture}", "--index")
+    before = sorted(path.name for path in folder.iterdir())
+    tcsp(*told, "-o", shelf / "one.md")
+    tcsp(*told, "-o", shelf / "two.md", "--name", "my-org/second")
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert sorted(path.name for path in shelf.iterdir()) == [
+        "README.md",
+        "one-bars.png",
+        "one.md",
+        "two-bars.png",
+        "two.md",
+    ]
+    assert "# one\n" in (shelf / "one.md").read_text() and "![Bars](one-bars.png)" in (shelf / "one.md").read_text()
+    index = (shelf / "README.md").read_text()
+    row = r"\| \[one\]\(one\.md\) \| my-org/dense \| \d+\.\d% \| nyu-mll/glue sst2: accuracy 0\.9000; .* \|\n\| \[two\]"
+    assert re.search(row, index)
+    with pytest.raises(TCSPError, match=r"one\.md exists"):
+        tcsp(*told, "-o", shelf / "one.md")
+    (shelf / "README.md").write_text("mine")
+    with pytest.raises(TCSPError, match="is no index of cards"):
+        tcsp(*told, "-o", shelf / "three.md")
+    assert (shelf / "README.md").read_text() == "mine" and not (shelf / "three.md").exists()
+    with pytest.raises(TCSPError, match="give -o"):
+        tcsp("card", folder, "--index")

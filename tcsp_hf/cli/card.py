@@ -1,6 +1,7 @@
 """`tcsp card`."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from ..errors import TCSPError
 from ..publish.card import render_card, write_card
 from ..publish.checkpoint import read_checkpoint
 from ..publish.results import CardResults
+from ..publish.shelf import shelve_card
 from .common import OverwriteOption
 
 
@@ -25,6 +27,13 @@ def card_command(
     licence: Annotated[str | None, typer.Option("--license", help="Of the dense model, as apache-2.0.")] = None,
     language: Annotated[str | None, typer.Option(help="Of the dense model, as en.")] = None,
     name: Annotated[str | None, typer.Option(help="What the model is called; a Hub name or the folder's.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="A .md file elsewhere for the card; pictures go beside it.", show_default=False
+        ),
+    ] = None,
+    index: Annotated[bool, typer.Option("--index", help="With -o: a table of all cards there as README.md.")] = False,
     show: Annotated[bool, typer.Option("--print", help="Print the card and write nothing.")] = False,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -32,16 +41,21 @@ def card_command(
 
     Example: tcsp card small/ --results scores.json --license apache-2.0
     """
+    if index and output is None:
+        raise TCSPError("--index makes a table beside the file that -o names: give -o.")
     given = CardResults(base_model=base_model, license=licence, language=language)
     found = (CardResults() if results is None else CardResults.load(results)).merge(given)
     if show:
         sys.stdout.write(render_card(folder, found, name=name))
         return
     pictures = dict(_caption(text) for text in picture or [])
-    if stats is None:
-        path = write_card(folder, found, overwrite=overwrite, name=name, pictures=pictures)
-    else:
-        path = _with_spectra(folder, stats, found, overwrite, name, pictures)
+
+    def write(shown: dict[str, str]) -> Path:
+        if output is None:
+            return write_card(folder, found, overwrite=overwrite, name=name, pictures=shown)
+        return shelve_card(folder, output, found, overwrite=overwrite, name=name, pictures=shown, index=index)
+
+    path = write(pictures) if stats is None else _with_spectra(folder, stats, pictures, write)
     typer.echo(f"Card: {path}")
 
 
@@ -50,9 +64,7 @@ def _caption(text: str) -> tuple[str, str]:
     return (caption, file) if sign else (Path(text).stem.replace("_", " ").replace("-", " "), text)
 
 
-def _with_spectra(
-    folder: Path, stats: Path, found: CardResults, overwrite: bool, name: str | None, pictures: dict[str, str]
-) -> Path:
+def _with_spectra(folder: Path, stats: Path, pictures: dict[str, str], write: Callable[[dict[str, str]], Path]) -> Path:
     import tempfile
 
     from ..plots import spectrum_picture
@@ -66,4 +78,4 @@ def _with_spectra(
         drawn = Path(staging) / "spectrum.png"
         spectrum_picture(drawn, statistics, checkpoint.config.site_widths())
         caption = "Energy that k directions leave out, for every site; dots: the widths that were kept"
-        return write_card(folder, found, overwrite=overwrite, name=name, pictures={**pictures, caption: str(drawn)})
+        return write({**pictures, caption: str(drawn)})

@@ -6,7 +6,9 @@ from .budget import budget_command
 from .calibrate import calibrate_bench_command
 from .latency import latency_command
 from .paper import paper_command
+from .plain_bert import plain_bert_command
 from .quality import quality_command
+from .retrieval import retrieval_command
 from .subspaces import subspaces_command
 from .summary import summary_command
 
@@ -18,5 +20,7 @@ bench_app.command("summary")(summary_command)
 bench_app.command("calibrate")(calibrate_bench_command)
 bench_app.command("latency")(latency_command)
 bench_app.command("paper")(paper_command)
+bench_app.command("plain-bert")(plain_bert_command)
+bench_app.command("retrieval")(retrieval_command)
 
 __all__ = ["bench_app"]
