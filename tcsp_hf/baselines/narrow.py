@@ -31,7 +31,8 @@ def narrow_bert(dense: PreTrainedModel, width: int, neurons: int) -> PreTrainedM
             f"{config.intermediate_size}."
         )
     fields = {"hidden_size": width, "intermediate_size": neurons}
-    stock = transformers.BertForSequenceClassification(type(config)(**{**config.to_dict(), **fields}))
+    narrow: Any = type(config)(**{**config.to_dict(), **fields})
+    stock: Any = transformers.BertForSequenceClassification(narrow)
     small: Any = copy.deepcopy(dense)
     with torch.no_grad():
         kept = _largest(_coordinate_norms(small), width)

@@ -82,7 +82,7 @@ class PlainBertFitter:
         self.eps = float(config.layer_norm_eps)
         act = config.hidden_act
         self.activation: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[act] if isinstance(act, str) else act
-        self.norms = [norm.weight.detach().float() for norm in site_norms(small)]  # type: ignore[operator,union-attr]
+        self.norms = [norm.weight.detach().float() for norm in site_norms(small)]  # type: ignore[operator]
         self.bar = tqdm(
             total=4 * self.layers, unit="block", desc="plain", disable=None if progress is None else not progress
         )
@@ -237,8 +237,8 @@ class PlainBertFitter:
             if t % 2:
                 return self.activation(nn.functional.linear(mine, *reading))
             group = next(group for group in self._groups() if group.rows == rows)
-            parts = (nn.functional.linear(mine, *part) for part in (query, key, value))
-            return self._attend(*parts, group, own.num_heads, self._head_size**-0.5)
+            parts = [nn.functional.linear(mine, *part) for part in (query, key, value)]
+            return self._attend(parts[0], parts[1], parts[2], group, own.num_heads, self._head_size**-0.5)
 
         turn = fit.gauge.turns[t + 1].to(self.device)
         prior_block = turn @ output.dense.weight.detach().double()
@@ -276,8 +276,8 @@ class PlainBertFitter:
                 active = self.activation(nn.functional.linear(mine, *reading))
                 active = torch.cat([active, mine @ paths.float().T], dim=1)
             else:
-                parts = (nn.functional.linear(mine, *part) for part in (query, key, value))
-                active = self._attend(*parts, group, own_heads, self._head_size**-0.5)
+                parts = [nn.functional.linear(mine, *part) for part in (query, key, value)]
+                active = self._attend(parts[0], parts[1], parts[2], group, own_heads, self._head_size**-0.5)
             next_carried.write(group.rows, self._normalise(active @ written + offset + mine * weights.float()))
         carried.close()
         if t % 2:

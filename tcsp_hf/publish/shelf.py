@@ -62,9 +62,9 @@ def shelve_card(
         extra.append(f"![{caption}]({copy.name})\n\n*{caption}*\n\n")
     text = text.replace("## How to load it\n", "".join([*extra, "## How to load it\n"]), 1)
     if not overwrite:
-        for file in (target, *sources):
-            if file.exists():
-                raise TCSPError(f"{file} exists and is left as it is: pass overwrite=True (--overwrite) to replace it.")
+        for path in (target, *sources):
+            if path.exists():
+                raise TCSPError(f"{path} exists and is left as it is: pass overwrite=True (--overwrite) to replace it.")
     if index:
         _check_index(target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
