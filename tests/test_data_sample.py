@@ -9,14 +9,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from typer import Typer
 from typer.testing import CliRunner
 
 import tcsp_hf.data
-from tcsp_hf.data import SAMPLE_FILE, SquadSample, load_squad_sample, make_squad_sample
+from tcsp_hf.data import SAMPLE_FILE, SquadSample, load_squad_sample, make_squad_sample, sources
 from tcsp_hf.data.make_squad_sample import draw_evenly, draw_squad_sample, main, write_squad_sample
+from tcsp_hf.data.sources import mixed_texts
 from tcsp_hf.errors import TCSPError
 
 
@@ -186,3 +188,22 @@ def test_packaged_sample_is_what_the_script_draws(shared, tmp_path, sample, monk
     monkeypatch.setattr(tcsp_hf.data, "files", lambda package: tmp_path)
     monkeypatch.setattr(tcsp_hf.data, "SAMPLE_FILE", "again.json.gz")
     assert load_squad_sample() == sample
+
+
+def test_mixed_texts_are_varied_and_reproducible() -> None:
+    rows = [
+        {"context": f"Paragraph {i} is long. It has the number {i} in it.", "question": f"q{i}?"} for i in range(40)
+    ]
+    data = Dataset.from_list([row for row in rows for _ in range(3)])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, count in (("_PARAGRAPHS", 5), ("_SENTENCES", 10), ("_QUESTIONS", 8)):
+            patch.setattr(sources, name, count)
+        found = mixed_texts(data)
+        assert found == mixed_texts(data) != mixed_texts(data, seed=1)
+    paragraphs, sentences, questions = found[:5], found[5:15], found[15:]
+    contexts = [row["context"] for row in rows]
+    assert set(paragraphs) <= set(contexts) and all(question.endswith("?") for question in questions)
+    assert len(questions) == 8 and len(set(found)) == len(found)
+    for sentence in sentences:  # of other paragraphs
+        (source,) = (context for context in contexts if sentence in context)
+        assert source not in paragraphs and sentence != source

@@ -5,6 +5,8 @@
 """
 
 import os
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from . import load_squad_sample
 GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 SQUAD_SETS = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
 SAMPLE = "squad-sample"
+MIX = "squad-mix"
+_PARAGRAPHS, _SENTENCES, _QUESTIONS = 150, 1000, 850
 _READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 
 
@@ -21,7 +25,7 @@ def load_data(name: str, split: str = "train") -> Any:
     """A `datasets.Dataset`, or a list of strings for the packaged sample.
 
     Args:
-        name: `"squad-sample"` (carried in the package), a GLUE task (`"sst2"`), `"squad"`, `"squad_v2"`, a file
+        name: `"squad-sample"` (carried in the package), `"squad-mix"` (short, varied texts out of SQuAD), a GLUE task (`"sst2"`), `"squad"`, `"squad_v2"`, a file
             (.parquet, .json, .jsonl, .csv, .txt), a folder of such files, or any dataset name of the Hub
             (`"owner/name"` or `"owner/name:config"`).
         split: which split; for files and folders of files only "train" exists unless a file is called so.
@@ -31,6 +35,8 @@ def load_data(name: str, split: str = "train") -> Any:
     """
     if name == SAMPLE:
         return load_squad_sample().calibration
+    if name == MIX:
+        return mixed_texts(load_data("squad", split))
     path = Path(name)
     if path.is_file():
         return _read(path)
@@ -42,7 +48,7 @@ def load_data(name: str, split: str = "train") -> Any:
         return _from_folder(Path(local) / (f"glue/{name}" if name in GLUE_TASKS else name), split)
     if not known and "/" not in name:
         raise TCSPError(
-            f"There is no data {name!r}: name a file, a folder, {SAMPLE!r}, one of "
+            f"There is no data {name!r}: name a file, a folder, {SAMPLE!r}, {MIX!r}, one of "
             f"{', '.join([*GLUE_TASKS, *SQUAD_SETS])}, or a dataset of the Hub as owner/name."
         )
     from datasets import load_dataset
@@ -60,6 +66,32 @@ def load_data(name: str, split: str = "train") -> Any:
             f"The dataset {name!r} (split {split!r}) could not be read from the Hub: {error}. A local copy can be "
             "given as a path, or through TCSP_DATA_DIR."
         ) from error
+
+
+def mixed_texts(data: Any, seed: int = 0) -> list[str]:
+    """150 paragraphs, one sentence each of 1,000 others, and 850 questions about yet others, of SQuAD's rows.
+
+    What a sentence encoder meets: texts of every length, and many of them. The same for the same rows and seed.
+    """
+    draw = random.Random(seed)
+    paragraphs: list[str] = []
+    sentences: list[str] = []
+    questions: list[str] = []
+    seen: set[str] = set()
+    for row in data.shuffle(seed=seed):
+        if row["context"] in seen:
+            continue
+        seen.add(row["context"])
+        if len(paragraphs) < _PARAGRAPHS:
+            paragraphs.append(row["context"])
+        elif len(sentences) < _SENTENCES:
+            parts = [part for part in re.split(r"(?<=[.!?])\s+", row["context"]) if 20 < len(part) < 300]
+            sentences += [draw.choice(parts)] if parts else []
+        elif len(questions) < _QUESTIONS:
+            questions.append(row["question"])
+        else:
+            break
+    return paragraphs + sentences + questions
 
 
 def first_rows(data: Any, count: int | None) -> Any:
