@@ -25,9 +25,9 @@ def load_data(name: str, split: str = "train") -> Any:
     """A `datasets.Dataset`, or a list of strings for the packaged sample.
 
     Args:
-        name: `"squad-sample"` (carried in the package), `"squad-mix"` (short, varied texts out of SQuAD), a GLUE task (`"sst2"`), `"squad"`, `"squad_v2"`, a file
-            (.parquet, .json, .jsonl, .csv, .txt), a folder of such files, or any dataset name of the Hub
-            (`"owner/name"` or `"owner/name:config"`).
+        name: `"squad-sample"` (carried in the package), `"squad-mix"` (short, varied texts out of SQuAD), a GLUE task
+            (`"sst2"`), `"squad"`, `"squad_v2"`, a file (.parquet, .json, .jsonl, .csv, .txt), a folder of such files,
+            or any dataset name of the Hub (`"owner/name"` or `"owner/name:config"`).
         split: which split; for files and folders of files only "train" exists unless a file is called so.
 
     Raises:
