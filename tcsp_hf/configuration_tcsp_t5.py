@@ -61,7 +61,7 @@ class TCSPT5Config(TCSPConfig):
         "encoder_hidden",
         "decoder_hidden",
     )
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "num_attention_heads": "num_heads",

@@ -7,7 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+CACHE = "cache" if "cache" in BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__ else "past_key_values"
+"""What transformers calls a decoder's keys and values, as an argument and in outputs: `cache` from 5.24 on."""
 _HUB_OPTIONS = ("repo_id", "private", "token", "revision", "create_pr", "commit_message", "tokenizer", "overwrite")
 
 

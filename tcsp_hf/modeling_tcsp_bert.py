@@ -391,7 +391,7 @@ class TCSPBertModel(TCSPBertPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        for name in ("encoder_hidden_states", "encoder_attention_mask", "past_key_values"):
+        for name in ("encoder_hidden_states", "encoder_attention_mask", "cache", "past_key_values"):
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"{name} was given, but a TCSP BERT is an encoder without cross-attention.")
         kwargs.pop("use_cache", None)

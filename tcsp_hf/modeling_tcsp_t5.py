@@ -46,7 +46,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_tcsp_t5 import AUTO_MAP, TCSPT5Config
-from .modeling_tcsp import TCSPLift, TCSPPreTrainedMixin, even_heads
+from .modeling_tcsp import CACHE, TCSPLift, TCSPPreTrainedMixin, even_heads
 
 
 class TCSPT5Attention(nn.Module):
@@ -124,11 +124,11 @@ class TCSPT5Attention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         position_bias: torch.Tensor | None = None,
         memory: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query = self._split_heads(self.q(hidden_states))
-        key, value = self._keys_and_values(hidden_states, memory, past_key_values)
+        key, value = self._keys_and_values(hidden_states, memory, cache)
         vo_size = value.shape[-1]
         query, key, value = even_heads(self.config._attn_implementation, query, key, value)
         if position_bias is not None and self.kept_heads is not None:
@@ -210,14 +210,14 @@ class TCSPT5Block(GradientCheckpointingLayer):
         position_bias: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         hidden_states, _ = self.layer[0](
             hidden_states,
             attention_mask=attention_mask,
             position_bias=position_bias,
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         hidden_states = _clamp_half(hidden_states)
@@ -226,7 +226,7 @@ class TCSPT5Block(GradientCheckpointingLayer):
                 hidden_states,
                 attention_mask=encoder_attention_mask,
                 memory=encoder_hidden_states,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
             hidden_states = _clamp_half(hidden_states)
@@ -348,33 +348,33 @@ class TCSPT5Stack(TCSPT5PreTrainedModel):
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        cache = past_key_values if cache is None else cache  # the name before transformers 5.24
         if not self.is_decoder:
             if use_cache is True:
                 raise ValueError("use_cache=True was given to an encoder; only a decoder keeps a cache.")
-            past_key_values = None
-        elif use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            cache = None
+        elif use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
             if self.config.is_encoder_decoder:
-                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
+                cache = EncoderDecoderCache(cache, DynamicCache(config=self.config))
 
         memory_mask = None
         if self.is_decoder:
-            own = past_key_values
-            if isinstance(past_key_values, EncoderDecoderCache):
-                own = past_key_values.self_attention_cache
+            own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
             attention_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=own,
+                **{CACHE: own},
             )
             if encoder_hidden_states is not None:
                 memory_mask = create_bidirectional_mask(
@@ -391,7 +391,7 @@ class TCSPT5Stack(TCSPT5PreTrainedModel):
         hidden_states = self.dropout(inputs_embeds)
         position_bias = None
         if len(self.block):
-            position_bias = self._position_bias(inputs_embeds.shape[1], past_key_values, inputs_embeds.device)
+            position_bias = self._position_bias(inputs_embeds.shape[1], cache, inputs_embeds.device)
         for block in self.block:
             hidden_states = block(
                 hidden_states,
@@ -399,12 +399,12 @@ class TCSPT5Stack(TCSPT5PreTrainedModel):
                 position_bias,
                 encoder_hidden_states,  # positional: gradient checkpointing follows positional arguments only
                 memory_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.dropout(self.final_layer_norm(hidden_states)),
-            past_key_values=past_key_values,
+            **{CACHE: cache},
         )
 
 

@@ -28,6 +28,7 @@ from common import (
 from transformers import pipeline
 
 import tcsp_hf
+from tcsp_hf.modeling_tcsp import CACHE
 
 per_case = pytest.mark.parametrize("case", ONE_SOURCE_CASES, ids=str)
 BOTH = [find("bert-ForMaskedLM"), find("t5-ForConditionalGeneration")]
@@ -151,8 +152,8 @@ def test_t5_cache_gives_what_the_whole_sequence_gives():
         expected = model(**inputs, decoder_input_ids=targets).logits
         cache, steps = None, []
         for i in range(targets.shape[1]):
-            found = model(**inputs, decoder_input_ids=targets[:, i : i + 1], past_key_values=cache, use_cache=True)
-            cache = found.past_key_values
+            found = model(**inputs, decoder_input_ids=targets[:, i : i + 1], use_cache=True, **{CACHE: cache})
+            cache = found[CACHE]
             steps.append(found.logits)
     assert torch.allclose(torch.cat(steps, dim=1), expected, atol=1e-6)
 
@@ -420,7 +421,7 @@ def test_a_deep_copy_is_independent():
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["encoder_hidden_states", "encoder_attention_mask", "past_key_values"])
+@pytest.mark.parametrize("name", ["encoder_hidden_states", "encoder_attention_mask", "cache", "past_key_values"])
 @pytest.mark.parametrize("head", ["Model", "ForMaskedLM", "ForTokenClassification"])
 def test_bert_refuses_arguments_of_cross_attention(name, head):
     case = Case("bert", head)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..modeling_tcsp import CACHE
+
 
 class NoHeadsBertAttention(nn.Module):
     """In place of a `BertSelfAttention` without heads: a context of no entries."""
@@ -53,17 +55,15 @@ class KeptHeadsT5Attention(nn.Module):
         mask: torch.Tensor | None = None,
         key_value_states: torch.Tensor | None = None,
         position_bias: torch.Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, ...]:
         if position_bias is None:
-            position_bias = self._whole_bias(hidden_states, key_value_states, past_key_values)
+            position_bias = self._whole_bias(hidden_states, key_value_states, kwargs.get(CACHE))
         output, _, weights = self.attention(
             hidden_states,
             mask=mask,
             key_value_states=key_value_states,
             position_bias=position_bias[:, self.kept],
-            past_key_values=past_key_values,
             **kwargs,
         )
         return output, position_bias, weights

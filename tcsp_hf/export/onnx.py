@@ -29,6 +29,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import TCSPError
+from ..modeling_tcsp import CACHE
 
 Tensors = dict[str, torch.Tensor]
 _TRACED = (2, 7)
@@ -248,7 +249,7 @@ def _decoder_graph(model: Any, first: bool) -> _Graph:
             encoder_outputs=BaseModelOutput(last_hidden_state=memory),
             attention_mask=inputs["encoder_attention_mask"],
             decoder_input_ids=inputs["decoder_input_ids"],
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
         )
         caches: dict[str, Any] = {"decoder": cache.self_attention_cache, "encoder": cache.cross_attention_cache}
