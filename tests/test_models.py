@@ -178,6 +178,18 @@ def test_t5_cache_gives_what_the_whole_sequence_gives():
     assert torch.allclose(torch.cat(steps, dim=1), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("layers", [(1, 3), (3, 1)])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+def test_t5_stacks_of_different_depths_generate(layers, how):
+    """transformers 5.24 gives a stock T5 a cache of as many layers as its encoder has."""
+    case = find("t5-ForConditionalGeneration")
+    even = {name: None for name in T5 if "_layer_" in name}
+    model = make_uneven(case, **{**even, "num_layers": layers[0], "num_decoder_layers": layers[1]})
+    ids = make_inputs(case)["input_ids"]
+    found = model.generate(ids, max_new_tokens=4, **how)
+    assert torch.equal(found, model.generate(ids, max_new_tokens=4, use_cache=False, num_beams=how.get("num_beams", 1)))
+
+
 @pytest.mark.parametrize("size", [3, 4, 20])
 def test_bert_dropout_and_chunks_act_in_training_only(size):
     """Chunks of 9 tokens; the last may be shorter, or the only one."""
@@ -336,7 +348,7 @@ def test_t5_lm_head(tied, tmp_path):
 
 @pytest.mark.parametrize("end", [None, [1, 2]])
 def test_t5_classifier_without_an_end_token_is_refused(end):
-    with pytest.raises(ValueError, match="eos_token_id is .* must be a number"):
+    with pytest.raises(ValueError, match=r"eos_token_id is .* must be a number"):
         make_uneven(find("t5-ForSequenceClassification"), eos_token_id=end)
 
 
