@@ -33,7 +33,7 @@ def test_broken_connections(tmp_path: Path) -> None:
         tcsp_hf.publish.write_card(folder, tcsp_hf.publish.CardResults(machine="none"))
     job: dict[str, Any] = {"rounds": ROUNDS or 6, "seed": SEED, "old": str(old), "new": str(new)}
     with Hub(part_size=20_000) as hub:
-        run_script("break_the_network.py", job, tmp_path, hub)
+        run_script("break_the_network.py", job, tmp_path, hub, limit=600 + 60 * job["rounds"])
     found = json.loads((tmp_path / "broken.json").read_text())
     print(f"{sum(found['counts'].values())} rounds, {hub.dropped} connections broken: {found['counts']}")
     assert not found["failures"], found

@@ -217,7 +217,7 @@ def _run(model_class: Any, config: Any) -> None:
         ids[:, -1] = config.eos_token_id
         ids[:, :-1][ids[:, :-1] == config.eos_token_id] = (config.eos_token_id + 1) % config.vocab_size
     if name.endswith("MultipleChoice"):
-        ids = ids[:, None].expand(-1, 2, -1)
+        ids = torch.stack([ids, ids], dim=1)
     with torch.no_grad():
         found = model(input_ids=ids, **more)[0]
         if name.endswith("ForConditionalGeneration"):
