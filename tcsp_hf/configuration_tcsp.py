@@ -25,6 +25,8 @@ MAX_SIZE = 1 << 20
 MAX_PARAMETERS = 1 << 36
 """Upper bound of a model's parameters, roughly counted: above the largest T5, far below what widths alone allow."""
 
+MAX_LABELS = 1 << 16
+
 _FLAGS = (
     "use_cache",
     "is_encoder_decoder",
@@ -196,7 +198,7 @@ class TCSPConfig(PreTrainedConfig):
             if value is not None and not known and not isinstance(value, torch.dtype):
                 raise ValueError(f"{name} is {value!r}; it must be the name of a number format, as 'float32'.")
         if "num_labels" in given:
-            check_size("num_labels", given["num_labels"], minimum=0)
+            check_size("num_labels", given["num_labels"], minimum=0, maximum=MAX_LABELS)  # each gets a name at once
         for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
             if not isinstance(given.get(name), (str, dict, type(None))):
                 raise ValueError(f"{name} is {given[name]!r}; it must be a name, as 'sdpa'.")

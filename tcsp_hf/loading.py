@@ -1,12 +1,15 @@
 """Loads dense models and tokenizers by name or path, with the class that the checkpoint was saved with."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .errors import TCSPError
 
@@ -16,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
-    """The model with the head that its checkpoint names; code from a checkpoint is never run.
+    """The model with the head that its checkpoint names; code from a checkpoint is never run, and nobody is asked.
 
     Raises:
         TCSPError: it cannot be loaded.
@@ -24,18 +27,53 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> PreTra
     if dtype not in DTYPES:
         raise TCSPError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         architectures = getattr(config, "architectures", None) or []
-        model_class = getattr(transformers, architectures[0], None) if architectures else None
+        library: Any = transformers
         if str(config.model_type).startswith("tcsp_"):
             import tcsp_hf
 
-            model_class = getattr(tcsp_hf, architectures[0], None) if architectures else None
-        loader = AutoModel if model_class is None else model_class
-        model = loader.from_pretrained(name, dtype=DTYPES[dtype])
-    except (OSError, ValueError, KeyError) as error:
+            library = tcsp_hf
+        loader = model_class(library, architectures[0]) if architectures else None
+        loader = AutoModel if loader is None else loader
+        check_shards(Path(name))
+        model = loader.from_pretrained(name, dtype=DTYPES[dtype], trust_remote_code=False)
+    except TCSPError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         raise TCSPError(f"The model {name!r} cannot be loaded: {error}") from error
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":  # of PyTorch's reader of weights, which runs no code
+            raise
+        raise TCSPError(
+            f"The weights of {name!r} are a pickle that holds more than tensors: they are not loaded. Ask for a "
+            "checkpoint in safetensors."
+        ) from None
     return model.to(device).eval()
+
+
+def model_class(library: Any, name: Any) -> Any:
+    """The model class of this name, None where the library has no such: a checkpoint may name anything."""
+    found = getattr(library, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+
+def check_shards(folder: Path) -> None:
+    """Refuse an index that names weights outside its folder.
+
+    Raises:
+        TCSPError: it does, or it cannot be read.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TCSPError(f"{index} is damaged ({error}): download or save the model again.") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise TCSPError(f"{index} names {str(name)[:80]!r}, which is not in its folder: it is not loaded.")
 
 
 def load_tokenizer(name: str) -> Any:
@@ -45,8 +83,8 @@ def load_tokenizer(name: str) -> Any:
         TCSPError: it cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise TCSPError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
 
 

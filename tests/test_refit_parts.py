@@ -176,7 +176,7 @@ class Problem:
         """For every strength that predicts the held-out sequences best, or next to best."""
 
         def solve(h: torch.Tensor, c: torch.Tensor, strength: float) -> torch.Tensor:
-            penalty = strength * h.diagonal().clone()
+            penalty = strength * h.diagonal().clamp(min=1e-8 * float(h.diagonal().mean()))
             if bias:
                 penalty[-1] = 1e-7 * h[-1, -1]
             return torch.linalg.solve(h + torch.diag(penalty), c + penalty[:, None] * prior)

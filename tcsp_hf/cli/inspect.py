@@ -13,6 +13,7 @@ from ..compression.compress import width_table
 from ..compression.subspace import spectrum
 from ..configuration_tcsp import TCSPConfig
 from ..errors import TCSPError
+from ..loading import model_class
 from .common import JsonOption, ModelArgument, print_json, print_table
 
 
@@ -28,7 +29,7 @@ def inspect_command(
     Reads the configuration only; no weights are loaded.
     """
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise TCSPError(f"The configuration of {model!r} cannot be read: {error}") from error
     if isinstance(config, TCSPConfig):
@@ -65,11 +66,11 @@ def _inspect_compressed(model: str, config: TCSPConfig, as_json: bool) -> None:
 
 def _inspect_dense(model: str, config: Any, stats: Path | None, as_json: bool) -> None:
     architectures = getattr(config, "architectures", None) or []
-    model_class = getattr(transformers, architectures[0], None) if architectures else None
-    if model_class is None:
+    found_class = model_class(transformers, architectures[0]) if architectures else None
+    if found_class is None:
         raise TCSPError(f"The checkpoint {model!r} names no transformers class (architectures: {architectures}).")
     with torch.device("meta"):
-        dense = model_class(config)
+        dense = found_class(config)
     table = width_table(dense)
     energies: dict[int, tuple[float, float]] = {}
     if stats is not None:

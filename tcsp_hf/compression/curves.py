@@ -355,7 +355,7 @@ class CurveMeasure:
         for head in range(heads):
             mine = slice(head * size, (head + 1) * size)
             root, inverse_of_root = inverse_root(torch.linalg.inv(inverse[mine, mine]))
-            _, losses, right = torch.linalg.svd(weighed[:, mine] @ root, full_matrices=False)
+            _, losses, right = torch.linalg.svd(weighed[:, mine] @ root, full_matrices=len(weighed) < size)
             losses = losses.square()
             curve[: len(losses)] += losses.flip(0).cumsum(0).flip(0).cpu()
             turns.append(right @ inverse_of_root)

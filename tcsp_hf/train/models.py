@@ -1,5 +1,6 @@
 """A model with the head that a task needs, from any checkpoint."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import (
 )
 
 from ..errors import TCSPError
-from ..loading import DEMO_MODEL, demo_model_path
+from ..loading import DEMO_MODEL, check_shards, demo_model_path
 from ..tasks.table import CLASSIFICATION, SPANS, TEXT, Task
 
 
@@ -42,7 +43,7 @@ def load_for_task(
         TCSPError: the checkpoint cannot be read, or cannot answer in this form.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         chosen = form or default_form(config, task)
         if chosen not in (task.form, TEXT):
             raise TCSPError(f"form is {chosen!r}; {task.name!r} allows {task.form!r} and {TEXT!r}.")
@@ -65,9 +66,12 @@ def load_for_task(
             TEXT: AutoModelForSeq2SeqLM,
         }[chosen]
         if random_weights:
-            model = loader.from_config(AutoConfig.from_pretrained(name, **fields), dtype=torch.float32)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **fields)
+            model = loader.from_config(config, dtype=torch.float32)
         else:
-            model = loader.from_pretrained(name, dtype="float32", ignore_mismatched_sizes=True, **fields)
+            check_shards(Path(name))
+            fields |= {"ignore_mismatched_sizes": True, "trust_remote_code": False}
+            model = loader.from_pretrained(name, dtype="float32", **fields)
     except TCSPError:
         raise
     except (OSError, ValueError, KeyError) as error:
