@@ -235,7 +235,7 @@ def run_row(row: Row, results: Path, quiet: bool = True, progress: bool | None =
         "headline": task.headline,
         "eval_rows": len(held_out),
         "seconds": round(seconds, 1),
-        "training_seconds": None if took is None else round(took.training_seconds, 1),
+        "training_seconds": None if took is None else round(took.training_seconds, 3),
         "steps": 0 if took is None else took.steps,
         "threads": torch.get_num_threads(),
     }
@@ -262,7 +262,7 @@ def _dense(
                 tokenizer.save_pretrained(staging)
             record = {
                 "scores": score(model, tokenizer, task, held_out, max_length=row.max_length, progress=progress),
-                "seconds": None if took is None else round(took.training_seconds, 1),
+                "seconds": None if took is None else round(took.training_seconds, 3),
                 "steps": None if took is None else took.steps,
             }
             (staging / "record.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
