@@ -17,6 +17,7 @@ GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnl
 SQUAD_SETS = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
 SAMPLE = "squad-sample"
 MIX = "squad-mix"
+TEXTS = "squad-texts"
 _PARAGRAPHS, _SENTENCES, _QUESTIONS = 150, 1000, 850
 _READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 
@@ -25,9 +26,10 @@ def load_data(name: str, split: str = "train") -> Any:
     """A `datasets.Dataset`, or a list of strings for the packaged sample.
 
     Args:
-        name: `"squad-sample"` (carried in the package), `"squad-mix"` (short, varied texts out of SQuAD), a GLUE task
-            (`"sst2"`), `"squad"`, `"squad_v2"`, a file (.parquet, .json, .jsonl, .csv, .txt), a folder of such files,
-            or any dataset name of the Hub (`"owner/name"` or `"owner/name:config"`).
+        name: `"squad-sample"` (carried in the package), `"squad-mix"` (short, varied texts out of SQuAD, to calibrate
+            on), `"squad-texts"` (all its paragraphs, sentences and questions, to train on), a GLUE task (`"sst2"`),
+            `"squad"`, `"squad_v2"`, a file (.parquet, .json, .jsonl, .csv, .txt), a folder of such files, or any
+            dataset name of the Hub (`"owner/name"` or `"owner/name:config"`).
         split: which split; for files and folders of files only "train" exists unless a file is called so.
 
     Raises:
@@ -37,6 +39,8 @@ def load_data(name: str, split: str = "train") -> Any:
         return load_squad_sample().calibration
     if name == MIX:
         return mixed_texts(load_data("squad", split))
+    if name == TEXTS:
+        return all_texts(load_data("squad", split))
     path = Path(name)
     if path.is_file():
         return _read(path)
@@ -48,7 +52,7 @@ def load_data(name: str, split: str = "train") -> Any:
         return _from_folder(Path(local) / (f"glue/{name}" if name in GLUE_TASKS else name), split)
     if not known and "/" not in name:
         raise TCSPError(
-            f"There is no data {name!r}: name a file, a folder, {SAMPLE!r}, {MIX!r}, one of "
+            f"There is no data {name!r}: name a file, a folder, {SAMPLE!r}, {MIX!r}, {TEXTS!r}, one of "
             f"{', '.join([*GLUE_TASKS, *SQUAD_SETS])}, or a dataset of the Hub as owner/name."
         )
     from datasets import load_dataset
@@ -85,13 +89,29 @@ def mixed_texts(data: Any, seed: int = 0) -> list[str]:
         if len(paragraphs) < _PARAGRAPHS:
             paragraphs.append(row["context"])
         elif len(sentences) < _SENTENCES:
-            parts = [part for part in re.split(r"(?<=[.!?])\s+", row["context"]) if 20 < len(part) < 300]
+            parts = _sentences(row["context"])
             sentences += [draw.choice(parts)] if parts else []
         elif len(questions) < _QUESTIONS:
             questions.append(row["question"])
         else:
             break
     return paragraphs + sentences + questions
+
+
+def all_texts(data: Any, seed: int = 0) -> list[str]:
+    """Every paragraph, every sentence of it that is neither very short nor very long, and every question of SQuAD's
+    rows, each once, shuffled by the seed."""
+    paragraphs = dict.fromkeys(data["context"])
+    texts = dict.fromkeys(data["question"]) | paragraphs
+    for paragraph in paragraphs:
+        texts |= dict.fromkeys(_sentences(paragraph))
+    found = list(texts)
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def _sentences(paragraph: str) -> list[str]:
+    return [part for part in re.split(r"(?<=[.!?])\s+", paragraph) if 20 < len(part) < 300]
 
 
 def first_rows(data: Any, count: int | None) -> Any:
