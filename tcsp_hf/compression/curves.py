@@ -200,7 +200,7 @@ class CurveMeasure:
         for block in measured:
             inputs = block.output.in_features + (self.costs.full if self.family == "bert" else 0)
             records[block.writes] = _Record(
-                NormalEquations.zeros(inputs, 1, self.device, bias=self.family == "bert"),
+                NormalEquations.zeros(inputs, 1, self.device, bias=self.family == "bert", folds=1),
                 [torch.zeros(heads, size, size, dtype=torch.float64, device=self.device) for _ in range(2)],
             )
         seen: dict[Any, torch.Tensor] = {}
@@ -285,7 +285,7 @@ class CurveMeasure:
                 curves.filters.append(np.zeros(self.costs.neurons + 1))
             return
         per_sequence = 0.5 * self.lengths[block.stack]
-        moments = record.equations.total[0] / max(1e-9, record.weight)
+        moments = record.equations.total[0].div_(max(1e-9, record.weight))
         whole = self._solution(block)
         weighed = self.metrics.root(block.writes) @ whole
         if not block.attends:

@@ -10,6 +10,7 @@ from ..architectures import blocks_of
 from .plan import Sizes
 from .refit_t5 import T5Refit
 from .subspace import Basis
+from .weights import DenseWeights
 
 Tensors = dict[str, torch.Tensor]
 
@@ -58,16 +59,12 @@ def assemble(dense: PreTrainedModel, bases: dict[str, Basis], made: T5Refit) -> 
     prefix = "transformer." if hasattr(dense, "transformer") else ""
     for stack, lift in made.lifts.items():
         tensors[f"{prefix}{stack}.lift_map.weight"] = lift
-    return {**tensors, **project_heads(dense, _source(dense), list(made.lifts.values())[-1])}
-
-
-def _source(dense: PreTrainedModel) -> Tensors:
-    return {name: value.detach().to("cpu", torch.float64) for name, value in dense.state_dict().items()}
+    return {**tensors, **project_heads(dense, DenseWeights(dense), list(made.lifts.values())[-1])}
 
 
 def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
     """State dict of the compressed model; all sites of a stack hold the same decoder and encoder, with own gains."""
-    source = _source(dense)
+    source = DenseWeights(dense)
     prefix = "transformer." if hasattr(dense, "transformer") else ""
     result: Tensors = {}
     size = dense.config.d_model
@@ -77,15 +74,17 @@ def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
         return torch.full((basis.size,), scale, dtype=torch.float64)
 
     stacks = [stack for stack in ("encoder", "decoder") if f"{stack}.final" in bases]
-    table = source[f"{prefix}shared.weight"]
-    result[f"{prefix}shared.weight"] = table @ bases["encoder.final"].encoder
+    table = f"{prefix}shared.weight"
+    result[table] = source.table(table, bases["encoder.final"].encoder)
     # the encoder's last norm is read by the cross-attention of every decoder layer
     memory_gamma = source[f"{prefix}encoder.final_layer_norm.weight"]
     memory_reader = memory_gamma[:, None] * bases["encoder.final"].decoder
 
     for stack in stacks:
         top = f"{prefix}{stack}"
-        result[f"{top}.embed_tokens.weight"] = table @ bases[f"{stack}.final"].encoder
+        own = bases[f"{stack}.final"].encoder
+        shared = own is bases["encoder.final"].encoder
+        result[f"{top}.embed_tokens.weight"] = result[table] if shared else source.table(table, own)
         layers = sum(name.startswith(f"{stack}.") and name.endswith(".ffn") for name in bases)
         parts = ("attention", "ffn") if stack == "encoder" else ("attention", "cross", "ffn")
         for i in range(layers):
@@ -116,7 +115,7 @@ def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
     return {**result, **project_heads(dense, source, reader)}
 
 
-def project_heads(dense: PreTrainedModel, source: Tensors, reader: torch.Tensor) -> Tensors:
+def project_heads(dense: PreTrainedModel, source: DenseWeights, reader: torch.Tensor) -> Tensors:
     """What reads the last hidden states; reader (D, k): dense hidden state ~ reader @ z."""
     result: Tensors = {}
     for name in ("lm_head", "qa_outputs", "classifier", "classification_head.dense"):
