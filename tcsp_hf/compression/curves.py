@@ -25,7 +25,7 @@ from ..calibration.divergence import divergence, model_inputs
 from .check import objective_name, probe_sequences
 from .filters import drop_inputs
 from .heads import drop_heads, inverse_root, score_moments
-from .least_squares import HELD_OUT_EVERY, NormalEquations, solve
+from .least_squares import HELD_OUT_EVERY, NormalEquations, damped_inverse, solve
 from .metrics import Metrics
 from .plan import Costs, LossCurves, filter_step
 from .replay import Replay
@@ -349,7 +349,7 @@ class CurveMeasure:
     ) -> np.ndarray:
         size, heads = self.costs.head_size, self.costs.heads
         diagonal = moments.diagonal()
-        inverse = torch.linalg.inv(moments + torch.diag(1e-4 * diagonal.clamp(min=1e-8 * float(diagonal.mean()))))
+        inverse = damped_inverse(moments, 1e-4 * diagonal.clamp(min=1e-8 * float(diagonal.mean())))
         curve = torch.zeros(size + 1, dtype=torch.float64)
         turns: list[torch.Tensor] = []
         for head in range(heads):

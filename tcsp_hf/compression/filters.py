@@ -7,6 +7,8 @@ layer-wise Gram matrices: Frantar and Alistarh 2022), removing the inputs J and 
 
 import torch
 
+from .least_squares import damped_inverse
+
 _COMPACT = 0.85
 """What went is cut out of the matrices once less than this share of them is left."""
 
@@ -29,10 +31,7 @@ def drop_inputs(
     """
     diagonal = moments.diagonal()
     damping = 1e-5 * diagonal.clamp(min=1e-8 * float(diagonal.mean()))
-    shifted = moments.clone()
-    shifted.diagonal().add_(damping)
-    inverse = torch.linalg.inv(shifted)
-    del shifted
+    inverse = damped_inverse(moments, damping)
     weights = weights.clone()
     index = torch.arange(moments.shape[0], device=moments.device)
     alive = torch.ones(candidates, dtype=torch.bool, device=moments.device)  # of the candidates still in `inverse`

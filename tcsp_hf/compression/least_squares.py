@@ -190,14 +190,28 @@ def solve(
     if bias:
         penalty[-1] = 1e-7 * diagonal[-1]
     for _ in range(8):
-        shifted = moments.clone()
-        shifted.diagonal().add_(penalty)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        del shifted
+        factor, failed = _factor(moments, penalty)
         if not int(failed):
             return prior + torch.cholesky_solve(cross - moments @ prior, factor)
         penalty = penalty * 100.0  # rank-deficient to rounding: shrink harder
     raise TCSPError("The refit's normal equations are not finite: use refit=False, or check the weights.")
+
+
+def _factor(moments: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cholesky factor of `moments` with `shift` added to its diagonal, in one copy, and whether it failed."""
+    shifted = moments.clone()
+    shifted.diagonal().add_(shift)
+    failed = torch.empty((), dtype=torch.int32, device=moments.device)
+    torch.linalg.cholesky_ex(shifted, out=(shifted, failed))
+    return shifted, failed
+
+
+def damped_inverse(moments: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
+    """Inverse of a Gram matrix (p, p) with `damping` (p,) added to its diagonal."""
+    factor, failed = _factor(moments, damping)
+    if int(failed):  # not positive definite to rounding
+        return torch.linalg.inv(moments + torch.diag(damping))
+    return torch.cholesky_inverse(factor)
 
 
 def ridge(

@@ -10,7 +10,7 @@ from torch import nn
 
 from .least_squares import HELD_OUT_EVERY
 
-_GROUP_TOKENS = 4096
+_GROUP_TOKENS = 2048
 
 
 @dataclass(frozen=True)
