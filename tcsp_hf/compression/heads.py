@@ -70,7 +70,8 @@ def value_factors(moments: torch.Tensor, weights: torch.Tensor, heads: int, head
         mine = slice(offset, offset + head_size)
         conditional = torch.linalg.inv(inverse[mine, mine])
         root, inverse_of_root = inverse_root(conditional)
-        _, _, right = torch.linalg.svd(weights[:, mine] @ root, full_matrices=False)
+        # all d directions, also where there are fewer outputs
+        _, _, right = torch.linalg.svd(weights[:, mine] @ root, full_matrices=len(weights) < head_size)
         turn, back = right @ inverse_of_root, root @ right.T  # new = turn @ old, old = back @ new
         weights[:, mine] = weights[:, mine] @ back
         inverse[mine, :] = back.T @ inverse[mine, :]
