@@ -55,7 +55,6 @@ from .modeling_tcsp import (
     is_watched,
     lay_out_for_rows,
     may_overwrite,
-    rms_normalise,
     sequences_at_a_time,
     split_mask,
 )
@@ -66,7 +65,8 @@ class TCSPT5Norm(T5LayerNorm):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.dtype == self.weight.dtype == torch.float32 and may_overwrite():
-            return rms_normalise(hidden_states, self.weight, self.variance_epsilon)
+            scale = hidden_states.square().mean(-1, keepdim=True).add_(self.variance_epsilon).rsqrt_()
+            return (hidden_states * scale).mul_(self.weight)  # the same roundings, fewer copies
         return super().forward(hidden_states)
 
 
@@ -161,7 +161,9 @@ class TCSPT5Attention(nn.Module):
         vo_size = value.shape[-1]
         query, key, value = even_heads(self.config._attn_implementation, query, key, value)
         if position_bias is not None and self.kept_heads is not None:
-            position_bias = position_bias[:, self.kept_heads]
+            kept = self.kept_heads
+            run = kept == list(range(kept[0], kept[0] + len(kept)))  # a slice needs no copy
+            position_bias = position_bias[:, kept[0] : kept[0] + len(kept)] if run else position_bias[:, kept]
         if position_bias is not None and self.config._attn_implementation == "flex_attention":
             position_bias = position_bias.expand(query.shape[0], -1, -1, -1)  # flex reads the bias of each sequence
         attention: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
