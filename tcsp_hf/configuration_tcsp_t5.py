@@ -139,6 +139,13 @@ class TCSPT5Config(TCSPConfig):
         decoder_layers = self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
         return self.num_layers if stack == "encoder" else decoder_layers
 
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """As transformers'. Generation makes its cache from the decoder's one, which counts the decoder's layers."""
+        found = super().get_text_config(decoder=decoder, encoder=encoder)
+        if found is not self and decoder and not encoder:
+            found.num_layers = self.layers_of("decoder")
+        return found
+
     def stack_width(self, stack: str) -> int:
         """Width of the stream of the `"encoder"` or the `"decoder"`."""
         if stack == "encoder" and self.encoder_hidden_size is not None:

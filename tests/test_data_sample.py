@@ -221,3 +221,19 @@ def test_all_texts_are_every_paragraph_sentence_and_question_once() -> None:
         f"It has the number {i} in it." for i in range(9)
     ]
     assert sorted(found) == sorted(expected)
+
+
+def test_joined_names_give_equal_shares(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TCSP_DATA_DIR", str(tmp_path))
+    folder = tmp_path / "glue" / "stsb"
+    folder.mkdir(parents=True)
+    rows = [{"sentence1": f"a{i}", "sentence2": f"b{i}", "label": 1.0} for i in range(20)]
+    Dataset.from_list(rows).to_parquet(str(folder / "train.parquet"))
+    found = sources.load_data("squad-sample+squad-sample+stsb")
+    own = {text for row in rows for text in (row["sentence1"], row["sentence2"])}
+    assert [text in own for text in found[:30]] == [False, False, True] * 10
+    assert len(set(found)) == len(found) and own <= set(found)
+    assert found == sources.load_data("squad-sample+squad-sample+stsb")
+    (tmp_path / "numbers.csv").write_text("value\n1\n")
+    with pytest.raises(TCSPError, match="text columns"):
+        sources.load_data(f"squad-sample+{tmp_path / 'numbers.csv'}")

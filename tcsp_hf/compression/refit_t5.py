@@ -33,7 +33,7 @@ _PROBE_SEQUENCES, _PROBE_TOKENS = 64, 4096
 
 @dataclass
 class T5Refit:
-    """Solved weights, float64 on the CPU.
+    """Solved weights on the CPU.
 
     Attributes:
         tensors: state dict entries of blocks and norms.
@@ -271,7 +271,7 @@ class _Stack:
         )
         names = ("wi_0", "wi_1") if len(mine) > 1 else ("wi",)
         for name, weight in zip(names, mine, strict=True):
-            self.result.tensors[f"{self._block_name(block)}.{name}.weight"] = weight[found["kept"]].double().cpu()
+            self.result.tensors[f"{self._block_name(block)}.{name}.weight"] = weight[found["kept"]].cpu()
         return moved
 
     # --- attention -----------------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ class _Stack:
         if found["turn"] is not None:
             mine[2] = found["turn"].float() @ mine[2]
         for name, weight in zip("qkv", (mine[0][rows], mine[1][rows], mine[2]), strict=True):
-            self.result.tensors[f"{self._block_name(block)}.{name}.weight"] = weight.double().cpu()
+            self.result.tensors[f"{self._block_name(block)}.{name}.weight"] = weight.cpu()
         self.result.kept_heads.append(found["kept"].tolist())
         return moved
 

@@ -10,6 +10,7 @@ from ..architectures import blocks_of
 from .plan import Sizes
 from .refit_t5 import T5Refit
 from .subspace import Basis
+from .weights import DenseWeights
 
 Tensors = dict[str, torch.Tensor]
 LM_HEAD, TABLE = "lm_head.weight", "shared.weight"
@@ -78,7 +79,7 @@ def assemble(dense: PreTrainedModel, bases: dict[str, Basis], made: T5Refit) -> 
     for stack, lift in made.lifts.items():
         tensors[f"{prefix}{stack}.lift_map.weight"] = lift
     last = list(made.lifts)[-1]
-    tensors |= project_heads(dense, _source(dense), made.lifts[last])
+    tensors |= project_heads(dense, DenseWeights(dense), made.lifts[last])
     if keeps_tie(dense, {name: basis.size for name, basis in bases.items()}):
         tensors |= _tied_end(dense, made.scales[last])
     return tensors
@@ -89,7 +90,7 @@ def _tied_end(dense: PreTrainedModel, scale: torch.Tensor) -> Tensors:
 
     Hidden states are then the dense model's: nothing is left to lift.
     """
-    source = _source(dense)
+    source = DenseWeights(dense)
     gamma = source["decoder.final_layer_norm.weight"]
     return {
         "decoder.final_layer_norm.weight": gamma * scale,
@@ -98,13 +99,9 @@ def _tied_end(dense: PreTrainedModel, scale: torch.Tensor) -> Tensors:
     }
 
 
-def _source(dense: PreTrainedModel) -> Tensors:
-    return {name: value.detach().to("cpu", torch.float64) for name, value in dense.state_dict().items()}
-
-
 def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
     """State dict of the compressed model; all sites of a stack hold the same decoder and encoder, with own gains."""
-    source = _source(dense)
+    source = DenseWeights(dense)
     prefix = "transformer." if hasattr(dense, "transformer") else ""
     result: Tensors = {}
     size = dense.config.d_model
@@ -114,15 +111,17 @@ def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
         return torch.full((basis.size,), scale, dtype=torch.float64)
 
     stacks = [stack for stack in ("encoder", "decoder") if f"{stack}.final" in bases]
-    table = source[f"{prefix}shared.weight"]
-    result[f"{prefix}shared.weight"] = table @ bases["encoder.final"].encoder
+    table = f"{prefix}shared.weight"
+    result[table] = source.table(table, bases["encoder.final"].encoder)
     # the encoder's last norm is read by the cross-attention of every decoder layer
     memory_gamma = source[f"{prefix}encoder.final_layer_norm.weight"]
     memory_reader = memory_gamma[:, None] * bases["encoder.final"].decoder
 
     for stack in stacks:
         top = f"{prefix}{stack}"
-        result[f"{top}.embed_tokens.weight"] = table @ bases[f"{stack}.final"].encoder
+        own = bases[f"{stack}.final"].encoder
+        shared = own is bases["encoder.final"].encoder
+        result[f"{top}.embed_tokens.weight"] = result[table] if shared else source.table(table, own)
         layers = sum(name.startswith(f"{stack}.") and name.endswith(".ffn") for name in bases)
         parts = ("attention", "ffn") if stack == "encoder" else ("attention", "cross", "ffn")
         for i in range(layers):
@@ -156,7 +155,7 @@ def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
     return result
 
 
-def project_heads(dense: PreTrainedModel, source: Tensors, reader: torch.Tensor) -> Tensors:
+def project_heads(dense: PreTrainedModel, source: DenseWeights, reader: torch.Tensor) -> Tensors:
     """What reads the last hidden states; reader (D, k): dense hidden state ~ reader @ z."""
     result: Tensors = {}
     for name in ("lm_head", "qa_outputs", "classifier", "classification_head.dense"):

@@ -7,6 +7,7 @@
 import os
 import random
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,18 @@ SAMPLE = "squad-sample"
 MIX = "squad-mix"
 TEXTS = "squad-texts"
 _PARAGRAPHS, _SENTENCES, _QUESTIONS = 150, 1000, 850
+_TEXT_COLUMNS = (
+    "sentence1",
+    "sentence2",
+    "question1",
+    "question2",
+    "premise",
+    "hypothesis",
+    "question",
+    "context",
+    "sentence",
+    "text",
+)
 _READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 
 
@@ -29,7 +42,9 @@ def load_data(name: str, split: str = "train") -> Any:
         name: `"squad-sample"` (carried in the package), `"squad-mix"` (short, varied texts out of SQuAD, to calibrate
             on), `"squad-texts"` (all its paragraphs, sentences and questions, to train on), a GLUE task (`"sst2"`),
             `"squad"`, `"squad_v2"`, a file (.parquet, .json, .jsonl, .csv, .txt), a folder of such files, or any
-            dataset name of the Hub (`"owner/name"` or `"owner/name:config"`).
+            dataset name of the Hub (`"owner/name"` or `"owner/name:config"`). Names joined with `+` give single texts
+            of all of them in turn, so that any number of leading ones has an equal share of each (a name that stands
+            twice has two shares).
         split: which split; for files and folders of files only "train" exists unless a file is called so.
 
     Raises:
@@ -42,6 +57,8 @@ def load_data(name: str, split: str = "train") -> Any:
     if name == TEXTS:
         return all_texts(load_data("squad", split))
     path = Path(name)
+    if "+" in name and not path.exists():
+        return interleaved(name.split("+"), split)
     if path.is_file():
         return _read(path)
     if path.is_dir():
@@ -108,6 +125,36 @@ def all_texts(data: Any, seed: int = 0) -> list[str]:
     found = list(texts)
     random.Random(seed).shuffle(found)
     return found
+
+
+def interleaved(names: Sequence[str], split: str, seed: int = 0) -> list[str]:
+    """Single texts of several sources in turn, until the shortest share ends; every source is shuffled by the seed.
+
+    Raises:
+        TCSPError: a source has no text column, or cannot be found (see `load_data`).
+    """
+    shares: dict[str, Iterator[str]] = {}
+    for name in dict.fromkeys(names):
+        texts = _single_texts(load_data(name, split), name)
+        random.Random(seed).shuffle(texts)
+        shares[name] = iter(texts)
+    found: list[str] = []
+    while True:
+        for name in names:
+            text = next(shares[name], None)
+            if text is None:
+                return list(dict.fromkeys(found))
+            found.append(text)
+
+
+def _single_texts(data: Any, name: str) -> list[str]:
+    """Every different text of a source: of all its known text columns, each alone."""
+    if isinstance(data, list):
+        return list(dict.fromkeys(data))
+    columns = [column for column in _TEXT_COLUMNS if column in data.column_names]
+    if not columns:
+        raise TCSPError(f"{name!r} has none of the text columns {', '.join(_TEXT_COLUMNS)}: it cannot be mixed in.")
+    return list(dict.fromkeys(text for column in columns for text in data[column]))
 
 
 def _sentences(paragraph: str) -> list[str]:

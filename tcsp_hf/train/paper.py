@@ -22,11 +22,11 @@ from ..compression import removed_fraction
 from ..compression.plan import AXES
 from ..errors import TCSPError
 from ..files import new_folder, write_whole
-from ..loading import load_model, load_tokenizer
+from ..loading import load_model, load_tokenizer, resolve_name
 from ..tasks import Task, find_task, score
 from .distil import run_training, task_trainer
 from .finetune import Schedule, choose_rows, finetune
-from .models import load_for_task, resolve_name
+from .models import load_for_task
 
 MODES = ("retraining-free", "fine-tuned", "distilled")
 _LABELS = {"model", "task", "remove", "mode"}
