@@ -38,11 +38,13 @@ class T5Refit:
     Attributes:
         tensors: state dict entries of blocks and norms.
         lifts: by stack, (D, k): dense hidden state ~ lift @ z at its last site.
+        scales: by stack, (k,): the constants of its last norm, one for each entry: for a norm that keeps its weight.
         kept_heads: indices of the kept heads, for every attention block in the order of the forward pass.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     lifts: dict[str, torch.Tensor] = field(default_factory=dict)
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
     kept_heads: list[list[int]] = field(default_factory=list)
 
 
@@ -150,7 +152,8 @@ class _Stack:
     def _open(self, name: str, stream: Stream, own: Stream) -> tuple[Stream, Stream, torch.Tensor]:
         """Norm both streams at a site; fit the norm's constant and the decoder X (k, D) float64, n ~ z @ X."""
         normalised, carried = self._stream(self.full), self._stream(self.basis.size)
-        product = square = 0.0
+        product = torch.zeros(self.basis.size, dtype=torch.float64, device=self.device)
+        square = torch.zeros_like(product)
         for group in self.sample.groups:
             dense = self._read(stream, group)
             dense = dense / self._rms(dense, self.eps)
@@ -158,9 +161,11 @@ class _Stack:
             mine = mine / self._rms(mine, self.eps * self.full / self.basis.size)
             normalised.write(group.rows, dense)
             carried.write(group.rows, mine)
-            product += float((mine * (dense @ self.encoder)).sum(dtype=torch.float64))
-            square += float(mine.square().sum(dtype=torch.float64))
-        constant = product / square if square > 0 else 1.0
+            product += (mine * (dense @ self.encoder)).sum(0, dtype=torch.float64)
+            square += mine.square().sum(0, dtype=torch.float64)
+        constant = float(product.sum() / square.sum()) if bool(square.any()) else 1.0
+        if name.endswith(".final"):
+            self.result.scales[self.stack] = torch.where(square > 0, product / square, 1.0).cpu()
         self.result.tensors[self._norm_name(name)] = torch.full((self.basis.size,), constant, dtype=torch.float64)
         equations = NormalEquations.zeros(self.basis.size, self.full, self.device, bias=False)
         for group in self.sample.groups:
