@@ -35,8 +35,9 @@ class TCSPT5Config(TCSPConfig):
             given, encoder and decoder have their own embedding tables.
         source_hidden_size (`int`, *optional*): hidden size D of the dense model; `d_model` when None.
         layer_norm_epsilon (`float`): of the dense model; a stack of width k uses `layer_norm_epsilon * D / k`.
-        tie_lm_head (`bool`): whether `lm_head` shares the embedding table. A compressed model does not: the final
-            norm's weight and `D ** -0.5` are folded into its `lm_head`.
+        tie_lm_head (`bool`): whether `lm_head` shares the embedding table. A narrower stream's does not: the final
+            norm's weight and `D ** -0.5` are folded into its `lm_head`. Where only layers were cut it does, if the
+            dense model's did.
         scale_decoder_outputs (`bool`, *optional*): multiply by `d_model ** -0.5` before `lm_head`; `tie_lm_head`
             when None.
         classifier_size (`int`, *optional*): inner width of the sequence classification head;

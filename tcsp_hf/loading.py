@@ -26,8 +26,9 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> PreTra
     """
     if dtype not in DTYPES:
         raise TCSPError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
+    path = resolve_name(name)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         architectures = getattr(config, "architectures", None) or []
         library: Any = transformers
         if str(config.model_type).startswith("tcsp_"):
@@ -36,8 +37,8 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> PreTra
             library = tcsp_hf
         loader = model_class(library, architectures[0]) if architectures else None
         loader = AutoModel if loader is None else loader
-        check_shards(Path(name))
-        model = loader.from_pretrained(name, dtype=DTYPES[dtype], trust_remote_code=False)
+        check_shards(Path(path))
+        model = loader.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=False)
     except TCSPError:
         raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
@@ -83,9 +84,14 @@ def load_tokenizer(name: str) -> Any:
         TCSPError: it cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(resolve_name(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise TCSPError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
+
+
+def resolve_name(name: str) -> str:
+    """`"all-MiniLM-L6-v2"` means the copy that the `[demo]` extra carries, or the Hub's; other names stay."""
+    return demo_model_path() if name == DEMO_MODEL.split("/")[-1] else name
 
 
 def demo_model_path() -> str:

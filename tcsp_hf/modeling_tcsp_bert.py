@@ -44,7 +44,17 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tcsp_bert import AUTO_MAP, TCSPBertConfig
-from .modeling_tcsp import TCSPLift, TCSPPreTrainedMixin, even_heads, is_plain
+from .modeling_tcsp import (
+    TCSPLift,
+    TCSPPreTrainedMixin,
+    activate,
+    even_heads,
+    is_plain,
+    may_overwrite,
+    rms_normalise,
+    sequences_at_a_time,
+    split_mask,
+)
 
 
 class TCSPBertSiteNorm(nn.Module):
@@ -62,10 +72,11 @@ class TCSPBertSiteNorm(nn.Module):
         self.eps = config.layer_norm_eps * config.dense_hidden_size / size
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        """overwrite: `hidden_states` are nobody else's, and may hold the result."""
         if self.centred:
             return nn.functional.layer_norm(hidden_states, self.weight.shape, self.weight, None, self.eps)
-        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+        return rms_normalise(hidden_states, self.weight, self.eps, overwrite)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}, centred={self.centred}"
@@ -178,21 +189,22 @@ class TCSPBertOutput(nn.Module):
         written = self.dropout(self.dense(block_states))
         if not self._accumulates(written, hidden_states):
             return self.norm(self.residual(hidden_states) + written)
-        # the product of the map is added to what was written in its place: no second result, no pass that adds
-        rows = written.view(-1, written.shape[-1])
-        torch.addmm(rows, hidden_states.reshape(-1, hidden_states.shape[-1]), self.residual.weight.t(), out=rows)
-        return self.norm(written)
+        # what the map carries is added to what was written in its place: no second result, no pass that adds
+        if isinstance(self.residual, TCSPBertScale):
+            written.addcmul_(hidden_states, self.residual.weight)
+        else:
+            rows = written.view(-1, written.shape[-1])
+            torch.addmm(rows, hidden_states.reshape(-1, hidden_states.shape[-1]), self.residual.weight.t(), out=rows)
+        return self.norm(written, overwrite=True) if is_plain(self.norm, TCSPBertSiteNorm) else self.norm(written)
 
     def _accumulates(self, written: torch.Tensor, hidden_states: torch.Tensor) -> bool:
         """Whether the written states are nobody else's: no gradients, no tracing, no hook on either linear."""
         return (
-            not torch.is_grad_enabled()
-            and is_plain(self.residual, nn.Linear)
+            may_overwrite()
+            and (is_plain(self.residual, nn.Linear) or is_plain(self.residual, TCSPBertScale))
             and is_plain(self.dense, nn.Linear)
             and written.dtype == hidden_states.dtype == self.residual.weight.dtype
             and written.is_contiguous()
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         )
 
 
@@ -214,7 +226,7 @@ class TCSPBertIntermediate(nn.Module):
         self.activation = ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.activation(self.dense(hidden_states))
+        return activate(self.activation, self.dense, hidden_states)
 
 
 class TCSPBertLayer(GradientCheckpointingLayer):
@@ -231,6 +243,15 @@ class TCSPBertLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
+        tensors = any(isinstance(value, torch.Tensor) for value in kwargs.values())
+        count = None if tensors else sequences_at_a_time(self, hidden_states, [attention_mask])
+        if count is None:
+            return self._whole(hidden_states, attention_mask, **kwargs)
+        parts = hidden_states.split(count)
+        masks = split_mask(attention_mask, count, len(parts))
+        return torch.cat([self._whole(part, mask, **kwargs) for part, mask in zip(parts, masks, strict=True)])
+
+    def _whole(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         hidden_states = self.attention(hidden_states, attention_mask, **kwargs)
         if self.chunk_size_feed_forward == 0:
             return self.feed_forward(hidden_states)

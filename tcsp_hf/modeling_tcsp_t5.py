@@ -46,7 +46,36 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_tcsp_t5 import AUTO_MAP, TCSPT5Config
-from .modeling_tcsp import CACHE, TCSPLift, TCSPPreTrainedMixin, even_heads
+from .modeling_tcsp import (
+    CACHE,
+    TCSPLift,
+    TCSPPreTrainedMixin,
+    activate,
+    even_heads,
+    is_watched,
+    lay_out_for_rows,
+    may_overwrite,
+    sequences_at_a_time,
+    split_mask,
+)
+
+
+class TCSPT5Norm(T5LayerNorm):
+    """The stock norm; in fewer passes where neither gradients nor half precision are asked for."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype == self.weight.dtype == torch.float32 and may_overwrite():
+            scale = hidden_states.square().mean(-1, keepdim=True).add_(self.variance_epsilon).rsqrt_()
+            return (hidden_states * scale).mul_(self.weight)  # the same roundings, fewer copies
+        return super().forward(hidden_states)
+
+
+def _sum(hidden_states: torch.Tensor, written: torch.Tensor, *writers: nn.Module) -> torch.Tensor:
+    """`hidden_states + written`, over what the writers (a linear, and what it is called by) wrote where it is free."""
+    free = may_overwrite() and written.dtype == hidden_states.dtype and written.shape == hidden_states.shape
+    if free and type(writers[0]) is nn.Linear and not any(is_watched(writer) for writer in writers):
+        return written.add_(hidden_states)
+    return hidden_states + written
 
 
 class TCSPT5Attention(nn.Module):
@@ -132,7 +161,9 @@ class TCSPT5Attention(nn.Module):
         vo_size = value.shape[-1]
         query, key, value = even_heads(self.config._attn_implementation, query, key, value)
         if position_bias is not None and self.kept_heads is not None:
-            position_bias = position_bias[:, self.kept_heads]
+            kept = self.kept_heads
+            run = kept == list(range(kept[0], kept[0] + len(kept)))  # a slice needs no copy
+            position_bias = position_bias[:, kept[0] : kept[0] + len(kept)] if run else position_bias[:, kept]
         if position_bias is not None and self.config._attn_implementation == "flex_attention":
             position_bias = position_bias.expand(query.shape[0], -1, -1, -1)  # flex reads the bias of each sequence
         attention: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -157,24 +188,45 @@ class TCSPT5SelfAttentionLayer(nn.Module):
     def __init__(self, config: TCSPT5Config, stack: str, layer_idx: int) -> None:
         super().__init__()
         self.SelfAttention = TCSPT5Attention(config, stack, layer_idx)
-        self.layer_norm = T5LayerNorm(config.stack_width(stack), eps=config.norm_epsilon_of(stack))
+        self.layer_norm = TCSPT5Norm(config.stack_width(stack), eps=config.norm_epsilon_of(stack))
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         attended, weights = self.SelfAttention(self.layer_norm(hidden_states), **kwargs)
-        return hidden_states + self.dropout(attended), weights
+        written = self.dropout(attended)
+        return _sum(hidden_states, written, self.SelfAttention.o, self.SelfAttention, self.dropout), weights
 
 
 class TCSPT5CrossAttentionLayer(nn.Module):
     def __init__(self, config: TCSPT5Config, layer_idx: int) -> None:
         super().__init__()
         self.EncDecAttention = TCSPT5Attention(config, "cross", layer_idx)
-        self.layer_norm = T5LayerNorm(config.stack_width("decoder"), eps=config.norm_epsilon_of("decoder"))
+        self.layer_norm = TCSPT5Norm(config.stack_width("decoder"), eps=config.norm_epsilon_of("decoder"))
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         attended, weights = self.EncDecAttention(self.layer_norm(hidden_states), **kwargs)
-        return hidden_states + self.dropout(attended), weights
+        written = self.dropout(attended)
+        return _sum(hidden_states, written, self.EncDecAttention.o, self.EncDecAttention, self.dropout), weights
+
+
+class TCSPT5FeedForwardLayer(T5LayerFF):
+    """The stock layer; what its neurons hold is written over itself where nobody else reads it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        inner: Any = self.DenseReluDense
+        if not may_overwrite() or is_watched(inner) or inner.training:
+            return super().forward(hidden_states)
+        read = self.layer_norm(hidden_states)
+        if hasattr(inner, "wi_1"):
+            wide, factor = activate(inner.act, inner.wi_0, read), inner.wi_1(read)
+            watched = is_watched(inner.wi_0) or is_watched(inner.act)
+            wide = wide * factor if watched else wide.mul_(factor)
+        else:
+            wide = activate(inner.act, inner.wi, read)
+        if isinstance(inner.wo.weight, torch.Tensor) and inner.wo.weight.dtype not in (wide.dtype, torch.int8):
+            wide = wide.to(inner.wo.weight.dtype)  # T5 keeps this linear in float32
+        return _sum(hidden_states, inner.wo(wide), inner.wo)
 
 
 def _clamp_half(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -201,7 +253,7 @@ class TCSPT5Block(GradientCheckpointingLayer):
             is_gated_act=config.is_gated_act,
             layer_norm_epsilon=config.norm_epsilon_of(stack),
         )
-        self.layer.append(T5LayerFF(sizes))
+        self.layer.append(TCSPT5FeedForwardLayer(sizes))
 
     def forward(
         self,
@@ -210,6 +262,25 @@ class TCSPT5Block(GradientCheckpointingLayer):
         position_bias: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        masks = [attention_mask, position_bias, encoder_hidden_states, encoder_attention_mask]
+        tensors = cache is not None or any(isinstance(value, torch.Tensor) for value in kwargs.values())
+        count = None if tensors else sequences_at_a_time(self, hidden_states, masks)
+        if count is None:
+            return self._whole(hidden_states, *masks, cache=cache, **kwargs)
+        parts = hidden_states.split(count)
+        split = [split_mask(mask, count, len(parts)) for mask in masks]
+        return torch.cat([self._whole(*part, **kwargs) for part in zip(parts, *split, strict=True)])
+
+    def _whole(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_bias: torch.Tensor | None,
+        encoder_hidden_states: torch.Tensor | None,
+        encoder_attention_mask: torch.Tensor | None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
@@ -318,7 +389,7 @@ class TCSPT5Stack(TCSPT5PreTrainedModel):
         self.is_decoder = config.is_decoder
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.block = nn.ModuleList([TCSPT5Block(config, stack, i) for i in range(config.layers_of(stack))])
-        self.final_layer_norm = T5LayerNorm(width, eps=config.norm_epsilon_of(stack))
+        self.final_layer_norm = TCSPT5Norm(width, eps=config.norm_epsilon_of(stack))
         self.lift_map = TCSPLift(width, config.dense_hidden_size)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.gradient_checkpointing = False
@@ -466,6 +537,15 @@ class TCSPT5Model(_EncoderDecoder, T5Model):
         self.post_init()
 
 
+def _decoding_linears(decoder: nn.Module) -> list[Any]:
+    """Linears that read every new token."""
+    return [
+        module
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Linear) and not name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+    ]
+
+
 class TCSPT5ForConditionalGeneration(_EncoderDecoder, T5ForConditionalGeneration, GenerationMixin):
     _auto_class = "AutoModelForSeq2SeqLM"
     _tied_weights_keys: ClassVar[dict[str, str]] = {
@@ -485,6 +565,13 @@ class TCSPT5ForConditionalGeneration(_EncoderDecoder, T5ForConditionalGeneration
         if config.tie_lm_head:
             self._tied_weights_keys["lm_head.weight"] = "shared.weight"
         self.post_init()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `generate`. On a processor the decoder's weights are first laid out for it, once."""
+        if not self.training:
+            own = [linear for linear in (*_decoding_linears(self.decoder), self.lm_head)]
+            lay_out_for_rows(linear for linear in own if linear.weight is not self.shared.weight)
+        return super().generate(*args, **kwargs)
 
 
 class TCSPT5ForQuestionAnswering(_EncoderDecoder, T5ForQuestionAnswering):

@@ -149,21 +149,27 @@ def quality_picture(
 
 
 def latency_picture(path: str | os.PathLike[str], grid: list[GridPoint], title: str) -> None:
-    """Speed-up of every point of a latency grid, one row of bars for each back-end; a mark for the FLOPs ratio."""
+    """Speed-up of every point of a latency grid, one row of bars for each part and back-end; marks for the ideal."""
     pyplot = require_matplotlib()
-    backends = list(dict.fromkeys(point.backend for point in grid))
-    size = (max(6.0, 0.7 * len(grid) / len(backends) + 2), 2.6 * len(backends))
-    figure, axes = pyplot.subplots(len(backends), 1, figsize=size, squeeze=False, sharex=True, layout="constrained")
-    for axis, backend in zip(axes[:, 0], backends, strict=True):
-        points = [point for point in grid if point.backend == backend]
-        places = range(len(points))
-        axis.bar(places, [point.speedup for point in points], color="#33708f")
-        axis.plot(places, [point.ideal for point in points], "_", color="black", markersize=18, label="FLOPs ratio")
+    rows = list(dict.fromkeys((point.part, point.backend) for point in grid))
+    size = (max(6.0, 0.9 * len(grid) / len(rows) + 2), 2.6 * len(rows))
+    figure, axes = pyplot.subplots(len(rows), 1, figsize=size, squeeze=False, layout="constrained")
+    colours = pyplot.get_cmap("tab10")
+    for axis, (part, backend) in zip(axes[:, 0], rows, strict=True):
+        points = [point for point in grid if (point.part, point.backend) == (part, backend)]
+        names = [name for name in points[0].times if name != "dense"]
+        places, width = range(len(points)), 0.8 / len(names)
+        for i, name in enumerate(names):
+            shifted = [place + (i - (len(names) - 1) / 2) * width for place in places]
+            colour = "#33708f" if name == "small" else colours(i % 10)
+            label = "compressed" if name == "small" else name
+            axis.bar(shifted, [point.gain(name) for point in points], width, color=colour, label=label)
+        axis.plot(places, [point.ideal for point in points], "_", color="black", markersize=18, label="ideal")
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set_ylabel(f"speed-up, {backend}")
+        axis.set_ylabel(f"{part}, {backend}")
         axis.set_xticks(places, [f"{point.batch}×{point.length}" for point in points])
-    axes[0, 0].legend(loc="lower right")
-    axes[0, 0].set_title(f"{title}: compressed against dense")
+        axis.legend(loc="lower right", fontsize="x-small", ncols=len(names) + 1)
+    axes[0, 0].set_title(f"{title} (times faster)", fontsize="medium")
     axes[-1, 0].set_xlabel("batch × tokens")
-    figure.savefig(Path(path), dpi=130)
+    figure.savefig(Path(path), dpi=110)
     pyplot.close(figure)

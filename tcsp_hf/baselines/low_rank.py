@@ -72,35 +72,52 @@ def rank_for(linear: nn.Linear, keep: float) -> int:
     return max(1, int(keep * linear.weight.numel() / (linear.in_features + linear.out_features)))
 
 
-def low_rank(model: PreTrainedModel, stats: Calibration, removed: float) -> PreTrainedModel:
-    """Replace every linear of the blocks (and a BERT's pooler) by two thin ones.
+def linears_of(model: PreTrainedModel) -> list[nn.Linear]:
+    """What is factorised: all linears of the blocks, and a BERT's pooler."""
+    return [linear for group in _groups(model) for linear in group.linears]
+
+
+def keep_for(model: PreTrainedModel, removed: float) -> float:
+    """The fraction of its weights that every linear keeps; 1 where nothing is to go.
 
     Raises:
-        TCSPError: the budget is below rank 1 everywhere, or the statistics hold no token sample.
+        TCSPError: the budget is below rank 1 everywhere.
     """
     goal = parameters_to_remove(model, removed)
-    small = working_copy(model)
-    groups = _groups(small)
-    linears = [linear for group in groups for linear in group.linears]
+    linears = linears_of(model)
 
     def saved(keep: float) -> int:
         costs = (rank_for(one, keep) * (one.in_features + one.out_features) for one in linears)
         return sum(one.weight.numel() for one in linears) - sum(costs)
 
     if goal == 0:
-        return finished(small)
+        return 1.0
     if saved(0.0) < goal:
         raise cannot_reach("Low-rank SVD", removed, saved(0.0), model)
     low, high = 0.0, 1.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if saved(middle) >= goal else (low, middle)
+    return low
+
+
+def low_rank(model: PreTrainedModel, stats: Calibration, removed: float) -> PreTrainedModel:
+    """Replace every linear of the blocks (and a BERT's pooler) by two thin ones.
+
+    Raises:
+        TCSPError: the budget is below rank 1 everywhere, or the statistics hold no token sample.
+    """
+    keep = keep_for(model, removed)
+    small = working_copy(model)
+    if keep >= 1.0:
+        return finished(small)
+    groups = _groups(small)
     moments = _second_moments(small, stats, groups)
     names = {module: name for name, module in small.named_modules()}
     for group, moment in zip(groups, moments, strict=True):
         root = _cholesky(moment)
         for linear in group.linears:
-            small.set_submodule(names[linear], factorise(linear, root, rank_for(linear, low)))
+            small.set_submodule(names[linear], factorise(linear, root, rank_for(linear, keep)))
     return finished(small)
 
 

@@ -111,6 +111,7 @@ def compress(
             "calibrate on more text, or choose a smaller size."
         )
     bases = _cut_bases(stats, builder, spectra, sizes, subspace, epsilon)
+    del spectra
     small: Any
     record = {"subspace": subspace, "epsilon": float(epsilon) if subspace == "balanced" else None, "options": options}
     if request.refit:

@@ -2,6 +2,8 @@
 
 import torch
 
+from .least_squares import damped_inverse
+
 
 def inverse_root(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric square root of (..., d, d) and its inverse; directions without energy are floored."""
@@ -60,7 +62,7 @@ def value_factors(moments: torch.Tensor, weights: torch.Tensor, heads: int, head
     """
     diagonal = moments.diagonal()
     damping = 1e-4 * diagonal.clamp(min=1e-8 * float(diagonal.mean()))
-    inverse = torch.linalg.inv(moments + torch.diag(damping))
+    inverse = damped_inverse(moments, damping)
     weights = weights.clone()
     offset = 0
     kept: list[torch.Tensor] = []
@@ -99,7 +101,7 @@ def drop_heads(
     """
     diagonal = moments.diagonal()
     damping = 1e-4 * diagonal.clamp(min=1e-8 * float(diagonal.mean()))
-    inverse = torch.linalg.inv(moments + torch.diag(damping))
+    inverse = damped_inverse(moments, damping)
     weights = weights.clone()
     left = list(range(heads))
     losses = [0.0]

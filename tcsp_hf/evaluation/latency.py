@@ -4,13 +4,16 @@ import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import TCSPError
 from ..export.onnx import export_onnx, require_onnx
@@ -41,11 +44,25 @@ class LatencyPair:
 
 
 def alternate(
-    calls: Mapping[str, Callable[[], Any]], rounds: int = 11, warmup: int = 2, device: torch.device | None = None
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int = 11,
+    warmup: int = 2,
+    device: torch.device | None = None,
+    seconds_at_most: float | None = None,
 ) -> dict[str, Timing]:
-    """Run every call once a round; the first `warmup` rounds do not count."""
+    """Run every call once a round; the first `warmup` rounds do not count.
+
+    With `seconds_at_most` no round begins after so many seconds, except that three rounds (or `rounds`, if fewer) are
+    timed in any case, after one that does not count.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    begun = time.perf_counter()
     for turn in range(warmup + rounds):
+        late = seconds_at_most is not None and time.perf_counter() - begun > seconds_at_most
+        if late and turn >= 1:
+            warmup = min(warmup, turn)
+        if late and turn >= warmup + min(3, rounds):
+            break
         for name, call in calls.items():
             _wait(device)
             started = time.perf_counter()
@@ -87,19 +104,44 @@ def compare_latency(
     return LatencyPair(batch, length, found["dense"].median, found["small"].median)
 
 
-def flops(model: PreTrainedModel, batch: int, length: int) -> int:
+def flops(model: PreTrainedModel, batch: int, length: int, part: str = "encoder") -> int:
     """Floating-point operations of the matrix products of one forward pass (two per multiplication and addition).
 
     Counted by PyTorch on a copy without memory, with attention written out.
+
+    Args:
+        part: `"encoder"`, or `"prefill"`: an encoder-decoder's decoder, reading `length` tokens and as many states.
     """
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"
     with torch.device("meta"):
         empty: Any = type(model)(config).eval()
-    empty = encoder_of(empty)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        empty(input_ids=torch.zeros(batch, length, dtype=torch.long, device="meta"))
+        ids = torch.zeros(batch, length, dtype=torch.long)
+        if part == "prefill":
+            given = {"encoder_outputs": memory_of(model, batch, length, "meta"), "decoder_input_ids": ids}
+        else:
+            empty, given = encoder_of(empty), {"input_ids": ids}
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            empty(**given)
     return int(counter.get_total_flops())
+
+
+def memory_of(model: PreTrainedModel, batch: int, length: int, device: Any) -> BaseModelOutput:
+    """Made-up encoder states, for a decoder to read."""
+    width = encoder_of(model).final_layer_norm.weight.shape[0]
+    return BaseModelOutput(last_hidden_state=torch.randn(batch, length, width, device=device, dtype=model.dtype))
+
+
+def token_bytes(model: PreTrainedModel) -> int:
+    """What a decoder reads to write one token: its linears and the LM head, without the keys and values it keeps."""
+    linears = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and (".decoder." in f".{name}" or name == "lm_head")
+        and not name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+    ]
+    return sum(linear.weight.numel() * linear.weight.element_size() for linear in linears)
 
 
 def parameter_bytes(model: PreTrainedModel) -> int:
@@ -118,20 +160,49 @@ def check_backends(names: list[str]) -> None:
         require_onnx()
 
 
-def prepared(model: PreTrainedModel, backend: str) -> Callable[[dict[str, torch.Tensor]], Any]:
-    """The model's encoder under a back-end of `BACKENDS`, as a function of its inputs.
+Starter = Callable[[int, int], Callable[[], Any]]
+"""(batch, length) -> what runs a model on such inputs."""
+
+
+def prepared(model: PreTrainedModel, backend: str, part: str = "encoder", new_tokens: int = 32) -> Starter:
+    """A model under a back-end of `BACKENDS`, ready for inputs of any size.
+
+    Args:
+        part: `"encoder"`; of an encoder-decoder also `"prefill"` (the decoder over `length` tokens) and `"generation"`
+            (`new_tokens` tokens from given encoder states).
 
     Raises:
-        TCSPError: see `check_backends` and `export_onnx`.
+        TCSPError: see `check_backends` and `export_onnx`; a part that the back-end does not run.
     """
     check_backends([backend])
+    if part != "encoder" and backend in ("compile", "onnx"):
+        raise TCSPError(f"The back-end {backend!r} runs the encoder only, not the {part}.")
     if backend == "onnx":
-        return _onnx_session(model)
-    model = copy.deepcopy(model)
-    model.set_attn_implementation("eager" if backend == "eager" else "sdpa")
-    encoder = encoder_of(model)
-    runner = torch.compile(encoder) if backend == "compile" else encoder
-    return lambda inputs: runner(**inputs)
+        session = _onnx_session(model)
+        return lambda batch, length: partial(session, random_inputs(model, batch, length))
+    wanted = "eager" if backend == "eager" else "sdpa"
+    if model.config._attn_implementation != wanted:
+        model = copy.deepcopy(model)
+        model.set_attn_implementation(wanted)
+    runner: Any = model if part != "encoder" else encoder_of(model)
+    if backend == "compile":
+        runner = torch.compile(runner)
+
+    def encode(batch: int, length: int) -> Callable[[], Any]:
+        inputs = random_inputs(model, batch, length)
+        return lambda: runner(**inputs)
+
+    def prefill(batch: int, length: int) -> Callable[[], Any]:
+        ids = random_inputs(model, batch, length)["input_ids"]
+        memory = memory_of(model, batch, length, model.device)
+        return lambda: runner(encoder_outputs=memory, decoder_input_ids=ids, use_cache=True)
+
+    def generate(batch: int, length: int) -> Callable[[], Any]:
+        memory = memory_of(model, batch, length, model.device)
+        options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "num_beams": 1}
+        return lambda: runner.generate(encoder_outputs=memory, **options)
+
+    return {"encoder": encode, "prefill": prefill, "generation": generate}[part]
 
 
 def _onnx_session(model: PreTrainedModel) -> Callable[[dict[str, torch.Tensor]], Any]:
@@ -154,52 +225,80 @@ def _onnx_session(model: PreTrainedModel) -> Callable[[dict[str, torch.Tensor]],
     return call
 
 
+PARTS = ("encoder", "prefill", "generation")
+
+
 @dataclass(frozen=True)
 class GridPoint:
-    """Dense against compressed at one point of the grid; `ideal` is the ratio of the FLOPs."""
+    """All models at one point of the grid.
 
+    Attributes:
+        part: of `PARTS`.
+        times: of `"dense"`, `"small"` (compressed) and peers, for one call.
+        ideal: what a perfect machine would gain: the ratio of the FLOPs; in generation of the bytes read for a token.
+        tokens: new tokens of one call in generation, of all sequences together.
+    """
+
+    part: str
     backend: str
     batch: int
     length: int
-    dense: Timing
-    small: Timing
+    times: dict[str, Timing]
     ideal: float
+    tokens: int = 0
+
+    @property
+    def dense(self) -> Timing:
+        return self.times["dense"]
+
+    @property
+    def small(self) -> Timing:
+        return self.times["small"]
+
+    def gain(self, name: str) -> float:
+        """How many times faster than dense."""
+        return self.dense.median / self.times[name].median
 
     @property
     def speedup(self) -> float:
-        return self.dense.median / self.small.median
+        return self.gain("small")
 
 
 @torch.no_grad()
 def latency_grid(
-    dense: PreTrainedModel,
-    small: PreTrainedModel,
-    backends: list[str],
-    shapes: list[tuple[int, int]],
+    models: Mapping[str, PreTrainedModel],
+    backends: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
     rounds: int = 11,
     warmup: int = 3,
     done: Callable[[GridPoint], None] = lambda point: None,
+    part: str = "encoder",
+    seconds: float | None = None,
+    new_tokens: int = 32,
 ) -> list[GridPoint]:
     """Time every back-end at every (batch, length); `done` is called after each point.
+
+    Args:
+        models: `"dense"`, `"small"`, and peers; peers run under `sdpa` alone.
+        rounds, warmup, seconds: see `alternate`, for each point.
 
     Raises:
         TCSPError: see `check_backends`; before anything is timed.
     """
-    check_backends(backends)
+    check_backends(list(backends))
+    dense, small = models["dense"], models["small"]
     points = []
     for backend in backends:
-        one, other = prepared(dense, backend), prepared(small, backend)
+        chosen = {name: model for name, model in models.items() if backend == "sdpa" or name in ("dense", "small")}
+        ready = {name: prepared(model, backend, part, new_tokens) for name, model in chosen.items()}
         for batch, length in shapes:
-            inputs = random_inputs(dense, batch, length)
-
-            def run_dense(inputs: dict[str, torch.Tensor] = inputs, call: Callable[..., Any] = one) -> Any:
-                return call(inputs)
-
-            def run_small(inputs: dict[str, torch.Tensor] = inputs, call: Callable[..., Any] = other) -> Any:
-                return call(inputs)
-
-            found = alternate({"dense": run_dense, "small": run_small}, rounds, warmup, dense.device)
-            ideal = flops(dense, batch, length) / flops(small, batch, length)
-            points.append(GridPoint(backend, batch, length, found["dense"], found["small"], ideal))
+            calls = {name: start(batch, length) for name, start in ready.items()}
+            found = alternate(calls, rounds, warmup, dense.device, seconds)
+            if part == "generation":
+                ideal = token_bytes(dense) / token_bytes(small)
+            else:
+                ideal = flops(dense, batch, length, part) / flops(small, batch, length, part)
+            tokens = batch * new_tokens if part == "generation" else 0
+            points.append(GridPoint(part, backend, batch, length, found, ideal, tokens))
             done(points[-1])
     return points

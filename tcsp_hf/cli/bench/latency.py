@@ -1,69 +1,115 @@
 """`tcsp bench latency`."""
 
+import json
+import os
 import platform
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from tqdm.auto import tqdm
-from transformers import BertConfig, BertModel, PreTrainedModel, T5Config, T5EncoderModel
+from transformers import PreTrainedModel
 
+from ...compression.plan import AXES
+from ...compression.sizes import removed_fraction
 from ...configuration_tcsp import TCSPConfig
 from ...configuration_tcsp_bert import TCSPBertConfig
-from ...configuration_tcsp_t5 import TCSPT5Config
 from ...errors import TCSPError
-from ...evaluation.latency import BACKENDS, GridPoint, check_backends, latency_grid, parameter_bytes
-from ...loading import load_model
-from ...modeling_tcsp_bert import TCSPBertModel
-from ...modeling_tcsp_t5 import TCSPT5EncoderModel
-from ...plots import latency_picture, require_matplotlib
-from ..common import DeviceOption, JsonOption, QuietOption, print_json, print_table, progress_of
+from ...evaluation.latency import (
+    BACKENDS,
+    PARTS,
+    GridPoint,
+    check_backends,
+    latency_grid,
+    parameter_bytes,
+    token_bytes,
+)
+from ...evaluation.latency_models import (
+    SHAPES,
+    build,
+    builder_of,
+    dense_of_shape,
+    even_sizes,
+    one_width,
+    peers_of,
+    sizes_like,
+)
+from ...evaluation.latency_report import as_rows, columns, heads, markdown, missed, row
+from ...files import check_output_folder, new_folder
+from ...loading import DTYPES, load_model
+from ...plots import latency_picture, pictures_possible, require_matplotlib
+from ..common import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    QuietOption,
+    command_line,
+    print_json,
+    print_table,
+    progress_of,
+)
 
-SHAPES = ("bert-base", "t5-base", "tiny")
-_SIZES = {"bert-base": (768, 12, 12, 3072), "t5-base": (768, 12, 12, 3072), "tiny": (32, 2, 2, 64)}
-"""Hidden size, layers, heads, feed-forward neurons."""
+
+@dataclass(frozen=True)
+class _Pair:
+    """Dense and compressed, and which axes were cut."""
+
+    name: str
+    dense: PreTrainedModel
+    small: PreTrainedModel
+    axes: tuple[str, ...]
+
+    @property
+    def family(self) -> str:
+        return "t5" if self.small.config.model_type == "tcsp_t5" else "bert"
+
+    @property
+    def removed(self) -> float:
+        return removed_fraction(self.dense, self.small)
 
 
-def random_pair(shape: str, hidden_size: int | None) -> tuple[Any, Any]:
-    """A dense encoder of a known shape and its compressed form of one width (half by default), with random weights.
+def _shape_pair(
+    shape: str,
+    hidden_size: int | None,
+    remove: float | None,
+    axes: tuple[str, ...],
+    like: str | None,
+    to: dict[str, Any],
+) -> _Pair:
+    torch.manual_seed(0)
+    dense: Any = dense_of_shape(shape)
+    dense = dense.to(**to)
+    builder = builder_of(dense)
+    if like is not None:
+        config = load_model(like).config
+        if not isinstance(config, TCSPBertConfig) or builder.family != "bert":
+            raise TCSPError(f"--like is {like!r}; it must be a compressed BERT, and --shape a BERT's.")
+        sizes, axes = sizes_like(builder, config), AXES
+    elif remove is not None:
+        sizes = even_sizes(builder, remove, axes)
+    else:
+        sizes, axes = one_width(builder, max(1, builder.full // 2) if hidden_size is None else hidden_size), ("hidden",)
+    return _Pair(shape, dense, build(builder, sizes), axes)
 
-    Raises:
-        TCSPError: an unknown shape, or a width that is not below the dense one.
-    """
-    if shape not in SHAPES:
-        raise TCSPError(f"--shape is {shape!r}; allowed: {', '.join(SHAPES)}.")
-    full, layers, heads, neurons = _SIZES[shape]
-    width = full // 2 if hidden_size is None else hidden_size
-    if not 1 <= width <= full:
-        raise TCSPError(f"--hidden-size is {hidden_size}; allowed: 1 to {full}.")
-    if shape == "t5-base":
-        fields: dict[str, Any] = {"d_kv": full // heads, "d_ff": neurons, "num_layers": layers, "num_heads": heads}
-        dense_t5 = T5EncoderModel(T5Config(d_model=full, is_encoder_decoder=False, **fields))
-        small_t5 = TCSPT5EncoderModel(
-            TCSPT5Config(d_model=width, source_hidden_size=full, is_encoder_decoder=False, **fields)
-        )
-        return dense_t5.eval(), small_t5.eval()
-    bert: dict[str, Any] = {"num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": neurons}
-    small = TCSPBertConfig(hidden_size=width, source_hidden_size=full, head_dim=full // heads, **bert)
-    return BertModel(BertConfig(hidden_size=full, **bert)).eval(), TCSPBertModel(small).eval()
 
-
-def checkpoint_pair(model: str, dense: str | None, device: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+def _checkpoint_pair(model: str, dense: str | None, dtype: str, device: str) -> _Pair:
     """A compressed checkpoint, and the dense model that it came from.
 
     Raises:
         TCSPError: no compressed model, or the dense one cannot be found.
     """
-    small = load_model(model, "float32", device)
+    small = load_model(model, dtype, device)
     config = small.config
     if not isinstance(config, TCSPConfig):
         raise TCSPError(f"--model {model!r} is no compressed model (model_type {config.model_type!r}).")
-    source = dense if dense is not None else (config.projection or {}).get("source_model")
+    projection = config.projection or {}
+    source = dense if dense is not None else projection.get("source_model")
     if source is None:
         raise TCSPError(f"The checkpoint {model!r} does not say which dense model it came from: give --dense.")
-    return load_model(source, "float32", device), small
+    axes = tuple((projection.get("options") or {}).get("axes", AXES))
+    return _Pair(model, load_model(source, dtype, device), small, axes)
 
 
 def _integers(name: str, text: str) -> list[int]:
@@ -76,78 +122,139 @@ def _integers(name: str, text: str) -> list[int]:
     return values
 
 
+def _names(name: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(","))
+    for part in found:
+        if part not in allowed:
+            raise TCSPError(f"{name} names {part!r}; allowed: {', '.join(allowed)}.")
+    return found
+
+
 def latency_command(
+    context: typer.Context,
     shape: Annotated[str, typer.Option(help=f"Random weights of a known shape: {', '.join(SHAPES)}.")] = "bert-base",
-    hidden_size: Annotated[int | None, typer.Option(help="Width of the compressed shape; half by default.")] = None,
+    hidden_size: Annotated[
+        int | None, typer.Option(help="Width of the compressed shape; half without --remove or --like.")
+    ] = None,
+    remove: Annotated[
+        float | None, typer.Option(help="Fraction to remove; every axis keeps the same share in all layers.")
+    ] = None,
+    axes: Annotated[str, typer.Option(help="What --remove cuts, with commas.")] = ",".join(AXES),
+    like: Annotated[
+        str | None, typer.Option(help="A compressed BERT whose sizes, layer by layer, are scaled to the shape.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="A compressed checkpoint instead of a shape.", show_default=False)
     ] = None,
     dense: Annotated[
         str | None, typer.Option(help="The dense model of --model; by default the one that it names.")
     ] = None,
+    parts: Annotated[str, typer.Option(help=f"With commas: {', '.join(PARTS)} (the last two of a T5).")] = "encoder",
     batches: Annotated[str, typer.Option(help="With commas.")] = "1,8,32",
     lengths: Annotated[str, typer.Option(help="Tokens per sequence, with commas.")] = "32,128,384",
     backends: Annotated[str, typer.Option(help=f"With commas: {', '.join(BACKENDS)}.")] = "eager,sdpa",
-    rounds: Annotated[int, typer.Option(help="Timed rounds of a point.", min=1)] = 11,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that a sequence generates.", min=1)] = 32,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Under sdpa also: low-rank linears, filters alone, fewer layers, int8.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(help="Timed rounds of a point, at most.", min=1)] = 11,
     warmup: Annotated[int, typer.Option(help="Rounds of a point that do not count.", min=0)] = 3,
+    seconds: Annotated[
+        float | None, typer.Option(help="Begin no round of a point after so long (three are timed in any case).")
+    ] = None,
+    dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     plot: Annotated[Path | None, typer.Option(help="Picture of the grid (.png, .svg, .pdf).")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New folder: grid.json, grid.md, grid.png.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit with status 1 when a bar is missed.")] = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Dense against compressed, alternating in one run: medians and 90th percentiles over batch x length x back-end.
 
-    Beside each the ratio of the FLOPs, which is what a perfect machine would gain, and the ratio of the bytes.
-    Encoders only.
+    Beside each the ratio of the FLOPs, which is what a perfect machine would gain (in generation: of the bytes read for
+    a token). Bars: never slower than dense; a BERT's hidden size alone within 0.90 (1 x 128) or 0.95 (8 and 32 x 128,
+    torch.compile) of the FLOPs ratio; all axes at 60 % removed twice as fast; a T5 at 44 % 1.5 times the tokens/s.
     """
     names = [name.strip() for name in backends.split(",")]
     check_backends(names)
+    wanted = _names("--parts", parts, PARTS)
+    cut = _names("--axes", axes, AXES)
     points = [(b, n) for b in _integers("--batches", batches) for n in _integers("--lengths", lengths)]
     if plot is not None:
         require_matplotlib()
         if plot.exists():
             raise TCSPError(f"{plot} exists: name another file.")
+    if output is not None:
+        check_output_folder(output, False)
     if "onnx" in names and device != "cpu":
         raise TCSPError("The back-end 'onnx' runs on --device cpu only.")
+    if sum(value is not None for value in (hidden_size, remove, like, model)) > 1:
+        raise TCSPError("Give one of --hidden-size, --remove, --like and --model.")
+    if dtype not in DTYPES or dtype == "auto":
+        raise TCSPError(f"--dtype is {dtype!r}; allowed: {', '.join(name for name in DTYPES if name != 'auto')}.")
     bars = progress_of(quiet, as_json)
-    torch.manual_seed(0)
     if model is not None:
-        pair = checkpoint_pair(model, dense, device)
+        pair = _checkpoint_pair(model, dense, dtype, device)
     else:
-        made = random_pair(shape, hidden_size)
-        pair = made[0].to(device), made[1].to(device)
-    with tqdm(total=len(points) * len(names), unit="point", disable=None if bars is None else not bars) as bar:
+        pair = _shape_pair(shape, hidden_size, remove, cut, like, {"device": device, "dtype": DTYPES[dtype]})
+    if wanted != ("encoder",) and not pair.dense.can_generate():
+        raise TCSPError(f"--parts is {parts!r}, but {pair.name} has no decoder; allowed: encoder.")
+    models = {"dense": pair.dense, "small": pair.small, **(peers_of(pair.dense, pair.small) if peers else {})}
+    grid: list[GridPoint] = []
+    before = os.getloadavg()[0]
+    steps = [(part, name) for part in wanted for name in names if part == "encoder" or name in ("eager", "sdpa")]
+    with tqdm(total=len(points) * len(steps), unit="point", disable=None if bars is None else not bars) as bar:
 
         def done(point: GridPoint) -> None:
             bar.update()
 
-        grid = latency_grid(pair[0], pair[1], names, points, rounds, warmup, done)
-    byte_ratio = parameter_bytes(pair[0]) / parameter_bytes(pair[1])
+        for part, name in steps:
+            grid += latency_grid(models, [name], points, rounds, warmup, done, part, seconds, new_tokens)
+    ratios = {"encoder_bytes": parameter_bytes(pair.dense) / parameter_bytes(pair.small)}
+    if "generation" in wanted:
+        ratios["token_bytes"] = token_bytes(pair.dense) / token_bytes(pair.small)
     machine = (
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"load {before:.1f} to {os.getloadavg()[0]:.1f}"
     )
-    name = model if model is not None else shape
-    if plot is not None:
-        latency_picture(plot, grid, name)
-    if as_json:
-        rows: list[dict[str, Any]] = [{**asdict(point), "speedup": point.speedup} for point in grid]
-        print_json({"model": name, "machine": machine, "device": device, "bytes_ratio": byte_ratio, "grid": rows})
-        return
-    print_table(
-        f"{name}: dense against compressed on {device}",
-        ["back-end", "batch x length", "dense ms (p90)", "compressed ms (p90)", "speed-up", "FLOPs ratio", "of ideal"],
-        [_row(point) for point in grid],
-        f"Medians of {rounds} alternating rounds after {warmup}; {machine}; bytes ratio {byte_ratio:.2f}",
-    )
-
-
-def _row(point: GridPoint) -> list[str]:
-    return [
-        point.backend,
-        f"{point.batch} x {point.length}",
-        f"{point.dense.median:.2f} ({point.dense.p90:.2f})",
-        f"{point.small.median:.2f} ({point.small.p90:.2f})",
-        f"{point.speedup:.2f}",
-        f"{point.ideal:.2f}",
-        f"{point.speedup / point.ideal:.0%}",
+    short = missed(grid, pair.family, pair.axes, pair.removed)
+    report = {
+        "model": Path(pair.name).name,
+        "command": command_line(context).replace("tcsp latency", "tcsp bench latency", 1),
+        "machine": machine,
+        "device": device,
+        "dtype": dtype,
+        "axes": list(pair.axes),
+        "removed": pair.removed,
+        "bytes_ratio": ratios["encoder_bytes"],
+        "ratios": ratios,
+        "grid": as_rows(grid),
+        "missed": short,
+    }
+    title = f"{report['model']}, {', '.join(pair.axes)}, {pair.removed:.1%} removed: dense against compressed"
+    notes = [
+        f"`{report['command']}`",
+        f"{machine}; {device}, {dtype}; medians of up to {rounds} alternating rounds after {warmup}, seed 0",
+        "bytes, dense over compressed: " + ", ".join(f"{key} {value:.2f}" for key, value in ratios.items()),
+        *(f"short of the bar: {text}" for text in short),
     ]
+    if plot is not None:
+        latency_picture(plot, grid, title)
+    if output is not None:
+        with new_folder(output) as folder:
+            (folder / "grid.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            (folder / "grid.md").write_text(markdown(title, grid, notes), encoding="utf-8")
+            if pictures_possible():
+                latency_picture(folder / "grid.png", grid, title)
+    if as_json:
+        print_json(report)
+    else:
+        shown = columns(grid)
+        print_table(title, heads(shown), [row(point, shown) for point in grid], "\n".join(notes[1:3]))
+    for text in short:
+        typer.echo(f"Short of the bar: {text}", err=True)
+    if check and short:
+        raise typer.Exit(1)
