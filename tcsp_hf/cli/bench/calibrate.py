@@ -11,7 +11,8 @@ import typer
 from ...errors import TCSPError
 from ...evaluation.calibration_cost import CostRow, measure_cost, memory_growth, random_classifier
 from ...evaluation.calibration_ranks import RanksResult, measure_ranks
-from ..common import DeviceOption, JsonOption, print_json, print_table
+from ...evaluation.latency import check_clock
+from ..common import ClockOption, DeviceOption, JsonOption, print_json, print_table
 
 SIGMA_BAR, BOTH_BAR, GROWTH_BAR, PROJECTION_BAR = 1.25, 1.25, 0.01, 20.0
 """Times the forward pass; times forward and backward; share of peak memory; seconds (768 wide, 12 layers)."""
@@ -42,6 +43,7 @@ def calibrate_bench_command(
         int, typer.Option(help="Also on so many processes with one thread each; they need as many free cores.", min=1)
     ] = 1,
     ranks_only: Annotated[bool, typer.Option("--ranks-only", help="Nothing else.")] = False,
+    clock: ClockOption = "wall",
     device: DeviceOption = "cpu",
     check: Annotated[bool, typer.Option("--check", help="Exit with status 1 when a bar is missed.")] = False,
     as_json: JsonOption = False,
@@ -59,6 +61,7 @@ def calibrate_bench_command(
         raise TCSPError(f"--tokens is {tokens!r}; it must be integers with commas.") from error
     if min(counts) < 1:
         raise TCSPError(f"--tokens is {tokens!r}; every value must be at least 1.")
+    check_clock(clock, device)
     if ranks_only and ranks < 2:
         raise TCSPError("--ranks-only needs --ranks of at least 2.")
     torch.manual_seed(0)
@@ -68,7 +71,7 @@ def calibrate_bench_command(
     if not ranks_only:
         for hidden_size, layers in sizes:
             model = random_classifier(hidden_size, layers).to(device)
-            rows += [measure_cost(model, count, batch_size, rounds) for count in counts]
+            rows += [measure_cost(model, count, batch_size, rounds, clock) for count in counts]
             del model
         small, large = memory_growth(random_classifier(32, 2).to(device), few, many, batch_size)
         memory = {"few": few, "many": many, "few_bytes": small, "many_bytes": large, "growth": large / small - 1.0}
@@ -77,8 +80,8 @@ def calibrate_bench_command(
         several = [measure_ranks(*size, count, batch_size, ranks, rounds) for size in sizes for count in counts]
     missed = _missed(rows, memory["growth"] if memory else 0.0) + _missed_ranks(several)
     machine = (
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}, load "
-        f"{before:.1f} to {os.getloadavg()[0]:.1f}"
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}, {clock} clock, "
+        f"load {before:.1f} to {os.getloadavg()[0]:.1f}"
     )
     if as_json:
         listed = [{**asdict(row), "sigma_ratio": row.sigma_ratio, "both_ratio": row.both_ratio} for row in rows]
