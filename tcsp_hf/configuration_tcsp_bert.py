@@ -192,7 +192,7 @@ class TCSPBertConfig(TCSPConfig):
         if self.head_dim is None and width % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}, which does not divide the dense hidden size "
-                f"{width}; allowed: a divisor of {width}, or give head_dim."
+                f"{width} (source_hidden_size, or else hidden_size); allowed: a divisor of {width}, or give head_dim."
             )
 
     def check_tied_head(self) -> None:

@@ -35,8 +35,9 @@ class TCSPT5Config(TCSPConfig):
             given, encoder and decoder have their own embedding tables.
         source_hidden_size (`int`, *optional*): hidden size D of the dense model; `d_model` when None.
         layer_norm_epsilon (`float`): of the dense model; a stack of width k uses `layer_norm_epsilon * D / k`.
-        tie_lm_head (`bool`): whether `lm_head` shares the embedding table. A compressed model does not: the final
-            norm's weight and `D ** -0.5` are folded into its `lm_head`.
+        tie_lm_head (`bool`): whether `lm_head` shares the embedding table. A narrower stream's does not: the final
+            norm's weight and `D ** -0.5` are folded into its `lm_head`. Where only layers were cut it does, if the
+            dense model's did.
         scale_decoder_outputs (`bool`, *optional*): multiply by `d_model ** -0.5` before `lm_head`; `tie_lm_head`
             when None.
         classifier_size (`int`, *optional*): inner width of the sequence classification head;
@@ -137,6 +138,13 @@ class TCSPT5Config(TCSPConfig):
     def layers_of(self, stack: str) -> int:
         decoder_layers = self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
         return self.num_layers if stack == "encoder" else decoder_layers
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """As transformers'. Generation makes its cache from the decoder's one, which counts the decoder's layers."""
+        found = super().get_text_config(decoder=decoder, encoder=encoder)
+        if found is not self and decoder and not encoder:
+            found.num_layers = self.layers_of("decoder")
+        return found
 
     def stack_width(self, stack: str) -> int:
         """Width of the stream of the `"encoder"` or the `"decoder"`."""

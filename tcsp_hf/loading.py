@@ -23,8 +23,9 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> PreTra
     """
     if dtype not in DTYPES:
         raise TCSPError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
+    path = resolve_name(name)
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(path)
         architectures = getattr(config, "architectures", None) or []
         model_class = getattr(transformers, architectures[0], None) if architectures else None
         if str(config.model_type).startswith("tcsp_"):
@@ -32,7 +33,7 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> PreTra
 
             model_class = getattr(tcsp_hf, architectures[0], None) if architectures else None
         loader = AutoModel if model_class is None else model_class
-        model = loader.from_pretrained(name, dtype=DTYPES[dtype])
+        model = loader.from_pretrained(path, dtype=DTYPES[dtype])
     except (OSError, ValueError, KeyError) as error:
         raise TCSPError(f"The model {name!r} cannot be loaded: {error}") from error
     return model.to(device).eval()
@@ -45,9 +46,14 @@ def load_tokenizer(name: str) -> Any:
         TCSPError: it cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(resolve_name(name))
     except (OSError, ValueError, KeyError) as error:
         raise TCSPError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
+
+
+def resolve_name(name: str) -> str:
+    """`"all-MiniLM-L6-v2"` means the copy that the `[demo]` extra carries, or the Hub's; other names stay."""
+    return demo_model_path() if name == DEMO_MODEL.split("/")[-1] else name
 
 
 def demo_model_path() -> str:

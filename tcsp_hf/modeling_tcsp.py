@@ -27,6 +27,8 @@ class TCSPPreTrainedMixin:
     """Prefixes of weights that a checkpoint may lack; transformers warns of them."""
     publisher: ClassVar[Callable[..., str] | None] = None
     """Set by the package: pushes checks and the model card along. None in the code beside a checkpoint."""
+    doubt: str | None = None
+    """Set by `compress` on a model whose outputs are not what was predicted: why it is not saved unless forced."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -61,17 +63,21 @@ class TCSPPreTrainedMixin:
         return model
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *args: Any, allow_nan: bool = False, **kwargs: Any
+        self, save_directory: str | os.PathLike[str], *args: Any, force: bool = False, **kwargs: Any
     ) -> None:
         """As `PreTrainedModel.save_pretrained`, after validating the configuration and the weights.
 
         Raises:
-            ValueError: the configuration contradicts itself, or a weight is NaN or infinite and `allow_nan` is False;
-                nothing is written then.
+            ValueError: the configuration contradicts itself; or, unless `force`, a weight is NaN or infinite, or the
+                model's outputs went wrong when it was compressed (see `doubt`). Nothing is written then.
         """
         self.config.check()  # type: ignore[attr-defined]
-        if not allow_nan:
+        if not force:
             self._refuse_nan()
+            if self.doubt is not None:
+                raise ValueError(
+                    f"{self.doubt} Nothing was saved: save_pretrained(..., force=True) saves it all the same."
+                )
         self.config.auto_map = dict(self.auto_map)  # type: ignore[attr-defined]
         options: dict[str, Any] = {}
         push = TCSPPreTrainedMixin.publisher is not None and kwargs.pop("push_to_hub", False)
@@ -86,8 +92,8 @@ class TCSPPreTrainedMixin:
         for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
             if parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
                 raise ValueError(
-                    f"{name} holds a NaN or an infinity, so nothing was saved: save_pretrained(..., allow_nan=True) "
-                    "saves it all the same."
+                    f"{name} holds a NaN or an infinity, so nothing was saved: save_pretrained(..., force=True) saves "
+                    "it all the same."
                 )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:

@@ -39,7 +39,6 @@ from transformers.models.bert.modeling_bert import (
     eager_attention_forward,
 )
 from transformers.processing_utils import Unpack
-from transformers.pytorch_utils import apply_chunking_to_forward
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -254,7 +253,11 @@ class TCSPBertLayer(GradientCheckpointingLayer):
 
     def _whole(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         hidden_states = self.attention(hidden_states, attention_mask, **kwargs)
-        return apply_chunking_to_forward(self.feed_forward, self.chunk_size_feed_forward, 1, hidden_states)
+        if self.chunk_size_feed_forward == 0:
+            return self.feed_forward(hidden_states)
+        # unlike transformers' own, any length will do: the last piece may be shorter
+        parts = hidden_states.split(self.chunk_size_feed_forward, dim=1)
+        return torch.cat([self.feed_forward(part) for part in parts], dim=1)
 
 
 class TCSPBertEncoder(nn.Module):

@@ -353,7 +353,7 @@ class TCSPT5PreTrainedModel(TCSPPreTrainedMixin, T5PreTrainedModel):
         """As transformers'. Its older versions miss the stacks, whose configurations are copies."""
         super().set_attn_implementation(*args, **kwargs)
         for module in self.modules():
-            if isinstance(module, TCSPT5Stack):
+            if isinstance(module, TCSPT5PreTrainedModel):
                 module.config._attn_implementation = self.config._attn_implementation
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
@@ -363,6 +363,9 @@ class TCSPT5PreTrainedModel(TCSPPreTrainedMixin, T5PreTrainedModel):
         own = decoder is not None and self.config.encoder_hidden_size is not None
         if own and decoder.embed_tokens.num_embeddings != embeddings.num_embeddings:
             decoder.resize_token_embeddings(embeddings.num_embeddings)
+        for module in self.modules():
+            if isinstance(module, TCSPT5PreTrainedModel):
+                module.config.vocab_size = embeddings.num_embeddings
         return embeddings
 
     def lift(self, hidden_states: torch.Tensor, stack: str | None = None) -> torch.Tensor:
@@ -479,6 +482,13 @@ class TCSPT5Stack(TCSPT5PreTrainedModel):
         )
 
 
+def _inner(config: TCSPT5Config) -> TCSPT5Config:
+    """A copy for a model inside another one, which reads its outputs by name whatever the outer one returns."""
+    inner = copy.deepcopy(config)
+    inner.return_dict = True
+    return inner
+
+
 class _EncoderDecoder(TCSPT5PreTrainedModel):
     """The two stacks and their embeddings, under the names that transformers' T5 models use.
 
@@ -493,7 +503,7 @@ class _EncoderDecoder(TCSPT5PreTrainedModel):
         self.model_dim = config.d_model
         self.num_labels = config.num_labels
         self.shared = nn.Embedding(config.vocab_size, config.stack_width("encoder"))
-        encoder_config, decoder_config = copy.deepcopy(config), copy.deepcopy(config)
+        encoder_config, decoder_config = _inner(config), _inner(config)
         encoder_config.is_decoder = False
         encoder_config.use_cache = False
         decoder_config.is_decoder = True
@@ -604,7 +614,12 @@ class TCSPT5ForSequenceClassification(TCSPT5PreTrainedModel, T5ForSequenceClassi
 
     def __init__(self, config: TCSPT5Config) -> None:
         PreTrainedModel.__init__(self, config)
-        self.transformer = TCSPT5Model(config)
+        if not isinstance(config.eos_token_id, int):
+            raise ValueError(
+                f"eos_token_id is {config.eos_token_id!r}; a T5 sequence classifier reads the decoder's state at the "
+                "end token, so it must be a number."
+            )
+        self.transformer = TCSPT5Model(_inner(config))
         self.classification_head = TCSPT5ClassificationHead(config)
         self.post_init()
 
@@ -615,7 +630,7 @@ class TCSPT5ForTokenClassification(TCSPT5PreTrainedModel, T5ForTokenClassificati
     def __init__(self, config: TCSPT5Config) -> None:
         PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
-        self.transformer = TCSPT5EncoderModel(config)
+        self.transformer = TCSPT5EncoderModel(_inner(config))
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.stack_width("encoder"), config.num_labels)
         self.post_init()

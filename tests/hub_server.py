@@ -9,13 +9,18 @@ Not covered, so a test here says nothing about it: xet storage (clients run with
 spaces, copies, discussions beside the pull request's own ref, gated repositories, rate limits, quotas, TLS, webhooks,
 .gitignore, and whatever the Hub checks in a card beyond its YAML being a mapping. History is kept as whole trees.
 
-Faults: `drops` says of an LFS object how often the connection is closed in the middle of its upload.
+Faults: `drops` says of an LFS object how often the connection is closed in the middle of its upload. `chaos` closes
+any connection, at random: in the middle of a request, after it was carried out but before the answer, or in the
+middle of the answer. A client process sets it by `POST /_faults/SHARE/SEED`, copies a repository by
+`POST /_copy/FROM/TO` and reads what is on a main branch by `GET /_state/REPO`; none of these three is ever disturbed.
 """
 
 import base64
 import hashlib
 import json
+import random
 import re
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -90,6 +95,7 @@ class Hub:
         self.parts: dict[tuple[str, int], bytes] = {}
         self.drops: dict[str, int] = {}
         self.dropped = 0
+        self.chaos: tuple[float, random.Random] | None = None
         self.requests: list[str] = []
         self.lock = threading.RLock()
         hub = self
@@ -153,13 +159,21 @@ _REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 _REV = r"(?P<rev>[^/]+)"
 
 
+class _Broken(Exception):
+    """The connection was closed on purpose."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
+    fault: str | None = None
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     wbufsize = -1  # head and body in one packet
 
     ROUTES: tuple[tuple[str, str, str], ...] = (
+        ("POST", r"/_faults/(?P<share>[\d.]+)/(?P<seed>\d+)", "faults"),
+        ("POST", rf"/_copy/{_REPO}/to/(?P<target>.+)", "copy"),
+        ("GET", rf"/_state/{_REPO}", "state"),
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate"),
@@ -193,8 +207,26 @@ class _Handler(BaseHTTPRequestHandler):
         address = urlsplit(self.path)
         self.query = parse_qs(address.query)
         self.hub.requests.append(f"{self.command} {address.path}")
+        self.fault = None if address.path.startswith("/_") else self._draw_fault()
+        try:
+            self._route(address.path)
+        except _Broken:
+            self.hub.dropped += 1
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _draw_fault(self) -> str | None:
+        with self.hub.lock:
+            if self.hub.chaos is None or self.hub.chaos[1].random() >= self.hub.chaos[0]:
+                return None
+            return self.hub.chaos[1].choice(["request", "before the answer", "answer"])
+
+    def _route(self, address: str) -> None:
+        if self.fault == "request":
+            self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
+            raise _Broken
         for method, pattern, name in self.ROUTES:
-            found = re.fullmatch(pattern, address.path)
+            found = re.fullmatch(pattern, address)
             if method == self.command and found:
                 action: Callable[..., None] = getattr(self, f"_{name}")
                 groups = {key: unquote(value) for key, value in found.groupdict().items() if value is not None}
@@ -208,16 +240,21 @@ class _Handler(BaseHTTPRequestHandler):
                     self._send(stop.status, json.dumps({"error": stop.message}).encode(), headers)
                 return
         self._drain()
-        self._send(501, f"{self.command} {address.path} is not part of this Hub".encode())
+        self._send(501, f"{self.command} {address} is not part of this Hub".encode())
 
     def _send(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+        if self.fault == "before the answer":
+            raise _Broken
         self.send_response(status)
         fields = {"Content-Length": str(len(body)), **(headers or {})}
         for name, value in fields.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if self.fault else body)
+        if self.fault:
+            self.wfile.flush()
+            raise _Broken
 
     def _json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
@@ -264,6 +301,23 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None:
             raise _Stop(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return found
+
+    # For tests of faults -----------------------------------------------------------------------------------------
+
+    def _faults(self, share: str, seed: str) -> None:
+        self.hub.chaos = (float(share), random.Random(int(seed))) if float(share) else None
+        self._json({})
+
+    def _copy(self, repo: str, target: str) -> None:
+        files = {name: content for name, content in self.hub.files(repo).items() if name != ".gitattributes"}
+        self.hub.create(target, files)
+        self._json({})
+
+    def _state(self, repo: str) -> None:
+        found = self.hub.repositories.get(repo)
+        commit = None if found is None else found.find("main")
+        files = {} if commit is None else {path: file.sha256 for path, file in commit.files.items()}
+        self._json({"commits": len(found.commits) if found else 0, "files": files})
 
     # Accounts and repositories -----------------------------------------------------------------------------------
 

@@ -7,27 +7,18 @@ seconds between its tries after a broken connection; here it does not.
 import json
 import logging
 import sys
-import time
 from pathlib import Path
 
 import huggingface_hub
-import huggingface_hub.utils._http as client
 import transformers
+from impatient import do_not_wait
 from typer.testing import CliRunner
 
 import tcsp_hf
 from tcsp_hf.cli.main import app
 from tcsp_hf.publish import push
 
-
-class Impatient:
-    """The module `time`, without the waiting."""
-
-    def __getattr__(self, name):
-        return (lambda seconds: None) if name == "sleep" else getattr(time, name)
-
-
-client.time = Impatient()
+do_not_wait()
 logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
 huggingface_hub.logging.set_verbosity_debug()
 

@@ -578,6 +578,12 @@ def test_empty_data(data, tokenizer):
         calibrate(model, data, tokenizer=tokenizer, progress=False)
 
 
+def test_a_decoder_deeper_than_its_encoder_writes_its_own_targets():
+    dense = make_dense(T5, num_layers=1, num_decoder_layers=2)
+    stats = calibrate(dense, [{"input_ids": [5, 6, 1]}], progress=False, max_target_length=3)
+    assert stats.sites["decoder.1.ffn"].tokens > 0
+
+
 def test_nothing_but_padding():
     model, _ = dense_and_statistics(BERT)
     batch = {"input_ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.zeros(2, 5, dtype=torch.long)}

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import tcsp_hf.data
 from tcsp_hf.data import SAMPLE_FILE, SquadSample, load_squad_sample, make_squad_sample, sources
 from tcsp_hf.data.make_squad_sample import draw_evenly, draw_squad_sample, main, write_squad_sample
-from tcsp_hf.data.sources import mixed_texts
+from tcsp_hf.data.sources import all_texts, mixed_texts
 from tcsp_hf.errors import TCSPError
 
 
@@ -207,3 +207,33 @@ def test_mixed_texts_are_varied_and_reproducible() -> None:
     for sentence in sentences:  # of other paragraphs
         (source,) = (context for context in contexts if sentence in context)
         assert source not in paragraphs and sentence != source
+
+
+def test_all_texts_are_every_paragraph_sentence_and_question_once() -> None:
+    rows = [
+        {"context": f"Paragraph {i} is long enough. It has the number {i} in it. No.", "question": f"q{i}?"}
+        for i in range(9)
+    ]
+    found = all_texts(Dataset.from_list(rows * 2))
+    assert found != sorted(found) and found == all_texts(Dataset.from_list(rows * 2))
+    expected = [row["context"] for row in rows] + [row["question"] for row in rows]
+    expected += [f"Paragraph {i} is long enough." for i in range(9)] + [
+        f"It has the number {i} in it." for i in range(9)
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+def test_joined_names_give_equal_shares(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TCSP_DATA_DIR", str(tmp_path))
+    folder = tmp_path / "glue" / "stsb"
+    folder.mkdir(parents=True)
+    rows = [{"sentence1": f"a{i}", "sentence2": f"b{i}", "label": 1.0} for i in range(20)]
+    Dataset.from_list(rows).to_parquet(str(folder / "train.parquet"))
+    found = sources.load_data("squad-sample+squad-sample+stsb")
+    own = {text for row in rows for text in (row["sentence1"], row["sentence2"])}
+    assert [text in own for text in found[:30]] == [False, False, True] * 10
+    assert len(set(found)) == len(found) and own <= set(found)
+    assert found == sources.load_data("squad-sample+squad-sample+stsb")
+    (tmp_path / "numbers.csv").write_text("value\n1\n")
+    with pytest.raises(TCSPError, match="text columns"):
+        sources.load_data(f"squad-sample+{tmp_path / 'numbers.csv'}")

@@ -24,6 +24,7 @@ from common import (
 )
 
 from tcsp_hf.compression import compress
+from tcsp_hf.compression import t5 as projecting_t5
 from tcsp_hf.compression.subspace import Spectrum, make_basis
 
 per_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -42,6 +43,7 @@ def rotated(monkeypatch):
         return make_basis(basis, basis, self.moment)
 
     monkeypatch.setattr(Spectrum, "cut", cut)
+    monkeypatch.setattr(projecting_t5, "keeps_coordinates", lambda dense, widths: False)
 
 
 @per_case

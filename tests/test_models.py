@@ -51,6 +51,26 @@ def test_output_class_is_the_stock_one(case: Case):
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], found[0])
 
 
+@per_case
+def test_a_configuration_that_asks_for_tuples(case: Case, tmp_path):
+    """`return_dict: false` in a `config.json` is for the caller: what is inside still reads by name."""
+    model = make_uneven(case)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, return_dict=False, output_hidden_states=True).eval()
+    inputs = make_inputs(case)
+    inputs.update(make_labels(case, inputs))
+    with torch.no_grad():
+        expected, found = model(**inputs, output_hidden_states=True), again(**inputs)
+        assert isinstance(found, tuple)
+        for one, other in zip(found, expected.to_tuple(), strict=True):
+            assert not isinstance(one, torch.Tensor) or torch.equal(one, other)
+        if case.head == "ForConditionalGeneration":
+            ids = inputs["input_ids"]
+            written = [each.generate(ids, max_new_tokens=4, num_beams=2) for each in (model, again)]
+            assert torch.equal(*written)
+    assert again.config.return_dict is False
+
+
 # Attention ----------------------------------------------------------------------------------------------------------
 
 
@@ -159,10 +179,23 @@ def test_t5_cache_gives_what_the_whole_sequence_gives():
     assert torch.allclose(torch.cat(steps, dim=1), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [12, 20])
+@pytest.mark.parametrize("layers", [(1, 3), (3, 1)])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+def test_t5_stacks_of_different_depths_generate(layers, how):
+    """transformers 5.24 gives a stock T5 a cache of as many layers as its encoder has."""
+    case = find("t5-ForConditionalGeneration")
+    even = {name: None for name in T5 if "_layer_" in name}
+    model = make_uneven(case, **{**even, "num_layers": layers[0], "num_decoder_layers": layers[1]})
+    ids = make_inputs(case)["input_ids"]
+    found = model.generate(ids, max_new_tokens=4, **how)
+    assert torch.equal(found, model.generate(ids, max_new_tokens=4, use_cache=False, num_beams=how.get("num_beams", 1)))
+
+
+@pytest.mark.parametrize("size", [3, 4, 20])
 def test_bert_dropout_and_chunks_act_in_training_only(size):
+    """Chunks of 9 tokens; the last may be shorter, or the only one."""
     case = find("bert-ForSequenceClassification")
-    model = make_uneven(case, hidden_dropout_prob=0.5, chunk_size_feed_forward=3)
+    model = make_uneven(case, hidden_dropout_prob=0.5, chunk_size_feed_forward=size)
     inputs = make_inputs(case)
     expected = outputs(case, model, inputs)
     assert largest_difference(expected, outputs(case, model, inputs)) == 0.0
@@ -257,6 +290,8 @@ def test_resize_token_embeddings(case: Case, size, tmp_path):
     expected = outputs(case, model, inputs)
     model.resize_token_embeddings(size)
     assert model.config.vocab_size == size == model.get_input_embeddings().num_embeddings
+    inner = [module for module in model.modules() if isinstance(module, transformers.PreTrainedModel)]
+    assert {module.config.vocab_size for module in inner} == {size}
     tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     assert not [table for table in tables if table.num_embeddings == VOCABULARY]
     found = outputs(case, model, inputs)
@@ -310,6 +345,12 @@ def test_t5_lm_head(tied, tmp_path):
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
     inputs = make_inputs(case)
     assert largest_difference(outputs(case, model, inputs), outputs(case, loaded, inputs)) <= 1e-6
+
+
+@pytest.mark.parametrize("end", [None, [1, 2]])
+def test_t5_classifier_without_an_end_token_is_refused(end):
+    with pytest.raises(ValueError, match=r"eos_token_id is .* must be a number"):
+        make_uneven(find("t5-ForSequenceClassification"), eos_token_id=end)
 
 
 def test_t5_tied_head_with_own_bases_is_refused():

@@ -12,9 +12,11 @@ import transformers
 from common import (
     CASES,
     PAD,
+    VOCABULARY,
     Case,
     D,
     calibrated,
+    dense_and_sample,
     find,
     largest_difference,
     make_dense,
@@ -30,6 +32,7 @@ from typer.testing import CliRunner
 import tcsp_hf
 from tcsp_hf import TCSPError, compress, to_plain_t5
 from tcsp_hf.cli.main import app
+from tcsp_hf.compression import t5 as projecting_t5
 
 GENERATORS = [case for case in CASES if case.head == "ForConditionalGeneration"]
 PLAIN = [case for case in CASES if case.family == "t5" and case.head != "ForSequenceClassification"]
@@ -105,17 +108,55 @@ def test_mt5_stays_mt5() -> None:
     assert type(plain) is transformers.MT5ForConditionalGeneration and plain.config.model_type == "mt5"
 
 
-def test_a_tied_and_scaled_head_is_folded() -> None:
-    """Configurations made by hand may tie the head, as stock T5 does; the plain form unties it and folds the scale."""
-    fields = {**UNIFORM, "encoder_hidden_size": None, "tie_lm_head": True, "tie_word_embeddings": True}
-    case = find("t5-ForConditionalGeneration")
+TIED = [find("t5-ForConditionalGeneration"), find("mt5-ForConditionalGeneration")]
+
+
+@pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "unscaled"])
+@pytest.mark.parametrize("case", TIED, ids=str)
+def test_a_tied_head(case: Case, scaled: bool, tmp_path: Path) -> None:
+    """A T5 v1.0 scales what a tied head reads, an mT5 does not: such heads stay tied, others are untied and folded."""
+    fields = {**UNIFORM, "encoder_hidden_size": None, "tie_lm_head": True, "scale_decoder_outputs": scaled}
     small, inputs = make_uneven(case, **fields), make_inputs(case)
-    assert small.lm_head.weight is small.shared.weight and small.config.scale_decoder_outputs
+    small.config.projection = {"source_model_type": case.source.partition("-")[0]}
+    assert small.lm_head.weight is small.shared.weight
     plain = to_plain_t5(small)
-    assert plain.lm_head.weight is not plain.shared.weight
+    assert (plain.lm_head.weight is plain.shared.weight) == (scaled == (case.source == "t5"))
     assert largest_difference(stock(case, small, inputs), stock(case, plain, inputs)) <= 1e-5
+    plain.save_pretrained(tmp_path)
+    again = case.dense_class.from_pretrained(tmp_path)
+    assert largest_difference(stock(case, plain, inputs), stock(case, again, inputs)) == 0.0
     plain.resize_token_embeddings(130, mean_resizing=False)
-    assert plain.lm_head.weight is not plain.shared.weight and plain.encoder.embed_tokens.weight is plain.shared.weight
+    assert (plain.lm_head.weight is plain.shared.weight) == (scaled == (case.source == "t5"))
+    assert plain.encoder.embed_tokens.weight is plain.shared.weight
+
+
+@pytest.mark.parametrize("projection", ["shared", "per_site"])
+def test_an_uncut_stream_keeps_the_tie(projection: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers were cut, the stream was not: one embedding table, also on disk, also in the plain form."""
+    case = TIED[0]
+    dense, stats = dense_and_sample(case)
+    inputs = make_inputs(case)
+
+    def cut() -> tuple[Any, float]:
+        options: dict[str, Any] = {"projection": projection, "uniform": True, "multiple_of": 1, "progress": False}
+        made = compress(dense, stats, remove=0.1, axes=("filters",), **options)
+        with torch.no_grad():
+            return made, float((made(**inputs).logits - dense(**inputs).logits).norm())
+
+    small, lost = cut()
+    with monkeypatch.context() as patch:
+        patch.setattr(projecting_t5, "keeps_coordinates", lambda dense, widths: False)
+        untied, lost_untied = cut()
+    assert not untied.config.tie_lm_head and lost < 1.25 * lost_untied, "a head that is solved again is hardly better"
+    assert small.config.tie_lm_head and small.lm_head.weight is small.shared.weight
+    small.save_pretrained(tmp_path / "small")
+    written = load_file(tmp_path / "small" / "model.safetensors")
+    assert [name for name, value in written.items() if value.shape[0] == VOCABULARY] == ["shared.weight"]
+    again = type(small).from_pretrained(tmp_path / "small", dtype=torch.float64)
+    plain = to_plain_t5(small)
+    assert plain.lm_head.weight is plain.shared.weight and plain.config.d_ff < dense.config.d_ff
+    for other in (again, plain):
+        assert largest_difference(stock(case, small, inputs), stock(case, other, inputs)) <= 1e-9
 
 
 def test_dtypes_and_independence() -> None:

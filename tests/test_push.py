@@ -31,7 +31,9 @@ PART = 40_000
 HERE = Path(__file__).parent
 
 
-def run_script(script: str, jobs: dict[str, Any], top: Path, hub: Hub | None, *options: str, **more: str) -> str:
+def run_script(
+    script: str, jobs: dict[str, Any], top: Path, hub: Hub | None, *options: str, limit: float = 600, **more: str
+) -> str:
     """Run one of the tests' scripts on jobs, in a process whose Hub is `hub`; what it printed."""
     (top / "jobs.json").write_text(json.dumps(jobs))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
@@ -45,7 +47,7 @@ def run_script(script: str, jobs: dict[str, Any], top: Path, hub: Hub | None, *o
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=limit,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done.stdout + done.stderr

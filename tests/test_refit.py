@@ -145,6 +145,16 @@ def test_value_factors_keep_what_is_read() -> None:
     assert abs(float(direction[2])) > 0.98
 
 
+def test_value_factors_of_fewer_outputs_than_a_head_has_values() -> None:
+    """A T5 may be narrower than one of its heads."""
+    dense, stats = sampled(T5)
+    small = compress(dense, stats, hidden_size=4, multiple_of=1)
+    assert small.config.d_model == 4
+    x = torch.randn(100, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (factor,) = value_factors(x.T @ x, torch.randn(3, 9, dtype=torch.float64), 1, 8, 5)
+    assert factor.shape == (5, 8) and int(torch.linalg.matrix_rank(factor)) == 5
+
+
 def test_streams_and_packing() -> None:
     sequences = [{"input_ids": list(range(n))} for n in (3, 5, 3, 1, 5)]
     sample = PackedSample(sequences)

@@ -25,6 +25,8 @@ from tcsp_hf.tasks.squad import Window, answer_positions, best_answer, encode_wi
 from tcsp_hf.tasks.squad_metric import normalise, overlap, score_v1, score_v2
 from tcsp_hf.tasks.table import form_of
 from tcsp_hf.tasks.text_to_text import read_label, source_text, target_text
+from tcsp_hf.train.paper import read_rows, write_grid
+from tcsp_hf.train.paper_report import groups_of, missed_bars, report, summary
 
 BERT = find("bert-ForSequenceClassification")
 QA = find("bert-ForQuestionAnswering")
@@ -333,6 +335,8 @@ def test_bench_paper(data: Path, base: Path, tmp_path: Path, monkeypatch: pytest
     kept = [path for path, stamp in written.items() if path.stat().st_mtime_ns == stamp]
     assert len(kept) == 2
     assert "CoFi" in (results / "README.md").read_text()
+    assert all(entry["dense_steps"] == 2 and entry["dense_seconds"] > 0 for entry in found)
+    assert all((entry["training_seconds"] is None) == (entry["steps"] == 0) for entry in found)
     paths[0].write_text(paths[0].read_text().replace("0.2", "0.3"))
     with pytest.raises(TCSPError, match="other settings"):
         tcsp("bench", "paper", rows, "-o", results)
@@ -341,6 +345,45 @@ def test_bench_paper(data: Path, base: Path, tmp_path: Path, monkeypatch: pytest
         with pytest.raises(TCSPError, match=match):
             tcsp("bench", "paper", rows, "-o", results)
         paths[0].write_text(paths[0].read_text().replace(line + "\n", ""))
+
+
+def paper_result(task: str, remove: float, seed: int, dense: float, score: float) -> dict[str, Any]:
+    name = find_task(task).headline
+    row = {"model": "some/model", "task": task, "remove": remove, "mode": "distilled", "seed": seed}
+    own = {"removed": remove, "headline": name, "dense": {name: dense}, "scores": {name: score}, "seconds": 1.0}
+    return {"row": row, **own}
+
+
+def test_paper_summary_is_a_mean_over_seeds_and_tasks(tmp_path: Path) -> None:
+    results = [
+        paper_result("mrpc", 0.44, 0, 0.80, 0.82),
+        paper_result("mrpc", 0.44, 1, 0.82, 0.82),
+        paper_result("squad", 0.44, 0, 60.0, 58.0),  # in points already
+        paper_result("mrpc", 0.94, 0, 0.80, 0.72),
+    ]
+    groups = groups_of(results)
+    assert [(group.task, round(group.drop, 6), len(group.scores)) for group in groups] == [
+        ("mrpc", -1.0, 2),
+        ("mrpc", 8.0, 1),
+        ("squad", 2.0, 1),
+    ]
+    rows = {row["remove"]: row for row in summary(groups)}
+    assert rows[0.44]["mean_drop"] == pytest.approx(0.5) and rows[0.44]["worst_task"] == "squad"
+    assert rows[0.94]["kept"] == pytest.approx(0.9)
+    missed = missed_bars(list(rows.values()))
+    assert len(missed) == 3  # the mean and the worst at 44 %, what is kept at 94 %
+    assert missed_bars(summary(groups_of(results[:2]))) == []
+    assert "±" in report(results, tmp_path).read_text()
+
+
+def test_paper_grid(tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    written = write_grid(rows, ["a/b"], ["mrpc"], [0.44], ["distilled"], [0, 1], ["dense_epochs = 5"])
+    assert [path.stem for path in written] == ["b-mrpc-44-distilled", "b-mrpc-44-distilled-seed1"]
+    assert sorted((row.seed, row.dense_epochs) for row in read_rows(rows)) == [(0, 5), (1, 5)]
+    for option, match in (("--set", "must be name=value"), ("--seeds", "whole numbers"), ("--modes", "'x y'")):
+        with pytest.raises(TCSPError, match=match):
+            tcsp("bench", "paper", rows, "-o", tmp_path / "o", "--models", "a", option, "x y", "--no-run")
 
 
 def test_commands_refuse(data: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -326,8 +326,12 @@ torch.save(found, folder / f"{{rank}}.pt")
 def two_ranks(folder: Path, broken: int = 0, **fields: Any) -> subprocess.CompletedProcess[str]:
     folder.mkdir()
     tests = str(Path(__file__).parent)
+    return on_two_ranks(folder, _RANK.format(tests=tests, folder=str(folder), fields=repr(fields), broken=broken))
+
+
+def on_two_ranks(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
     script = folder / "script.py"
-    script.write_text(_RANK.format(tests=tests, folder=str(folder), fields=repr(fields), broken=broken))
+    script.write_text(text)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     return subprocess.run(command, capture_output=True, text=True, timeout=150)
 
@@ -345,6 +349,50 @@ def test_two_ranks_hold_the_same_model(tmp_path: Path) -> None:
     for name, value in weights(alone.model).items():
         torch.testing.assert_close(first["weights"][name], value, rtol=1e-3, atol=1e-5)
     assert alone.model.config.projection["calibration"] == first["projection"]["calibration"]
+
+
+_SHARDED = """
+import sys
+sys.path.insert(0, {tests!r})
+import copy
+import torch
+from torch.distributed.fsdp import fully_shard
+torch.set_num_threads(1)
+from pathlib import Path
+from training import make_plain_trainer
+
+trainer = make_plain_trainer(Path({folder!r}) / "run", ddp_backend="gloo", distillation=0.5)
+trainer._take(trainer._start(trainer.model))
+batch = trainer._collator()([trainer.train_dataset[i] for i in range(8)])
+
+def gradients(model):
+    model.train()
+    loss = trainer.compute_loss(model, dict(batch))
+    loss.backward()
+    whole = lambda value: value.full_tensor() if hasattr(value, "full_tensor") else value
+    return {{name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}}
+
+sharded = copy.deepcopy(trainer.model)
+expected = gradients(trainer.model)
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+for module in sharded.modules():
+    if type(module).__name__ == "TCSPBertLayer":
+        fully_shard(module, mesh=mesh)
+fully_shard(sharded, mesh=mesh)
+assert len(list(sharded.parameters())[0].to_local()) < len(list(trainer.model.parameters())[0])
+found = gradients(sharded)
+assert found.keys() == expected.keys() and len(found) > 20
+for name, gradient in expected.items():
+    torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_sharded_parameters_get_the_same_gradients(tmp_path: Path) -> None:
+    """FSDP2 on two processes. accelerate has it for accelerators alone, so PyTorch's own call stands for it here."""
+    done = on_two_ranks(tmp_path, _SHARDED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

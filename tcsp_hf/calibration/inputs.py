@@ -1,6 +1,7 @@
 """Turns what users have (texts, datasets, loaders) into padded batches for the dense model."""
 
 import itertools
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ class InputOptions:
         text_columns: names of one or two columns; None tries `TEXT_COLUMNS`.
         max_target_length: tokens per target of a (source, target) pair, for sequence-to-sequence models.
         targets: whether the second text of a pair is the target rather than part of the input.
-        pad_token_id, vocab_size: of the model.
+        pad_token_id, vocab_size, type_vocab_size, position_count: of the model; None where it has no such table.
     """
 
     tokenizer: Any
@@ -50,6 +51,8 @@ class InputOptions:
     targets: bool
     pad_token_id: int
     vocab_size: int
+    type_vocab_size: int | None = None
+    position_count: int | None = None
 
 
 def count_sequences(data: Any, limit: int | None) -> int | None:
@@ -65,15 +68,17 @@ def count_sequences(data: Any, limit: int | None) -> int | None:
 
 def batches(data: Any, options: InputOptions) -> Iterator[Batch]:
     """Padded batches: `input_ids`, `attention_mask`, perhaps `token_type_ids`, and for sequence-to-sequence models
-    `decoder_input_ids` or `labels`. Class labels never pass.
+    `decoder_input_ids` or `labels`. Class labels never pass, nor sequences without a single token.
 
     Raises:
-        TCSPError: no data, no tokenizer for texts, unknown columns, or token ids outside the vocabulary.
+        TCSPError: no data, no tokenizer for texts, unknown columns, rows or tensors that do not fit each other, masks
+            of other values than 0 and 1, or token ids outside the vocabulary.
     """
-    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
+    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+        hint = " Choose one of its splits or columns." if isinstance(data, Mapping) else ""
         raise TCSPError(
             f"data is a {type(data).__name__}; it must be a list of strings, a Dataset, an IterableDataset, or a "
-            "DataLoader of batches."
+            f"DataLoader of batches.{hint}"
         )
     if isinstance(data, DataLoader):
         yield from _loader_batches(data, options)
@@ -99,19 +104,61 @@ def _is_tokenised(item: Any) -> bool:
 
 
 def _token_rows(items: Iterable[Any]) -> Iterator[Row]:
+    columns: list[str] | None = None
     for item in items:
+        if not _is_tokenised(item):
+            raise TCSPError(f"data holds {_short(item)} among rows of tokens; every row must have input_ids.")
         row: Row = {}
-        mask = item.get("attention_mask")
-        keep = None if mask is None else [bool(m) for m in mask]
-        for name in ("input_ids", "token_type_ids"):
+        for name in ("input_ids", "token_type_ids", "decoder_input_ids"):
             if item.get(name) is not None:
-                values = [int(value) for value in item[name]]
-                row[name] = values if keep is None else [v for v, k in zip(values, keep, strict=True) if k]
-        for name in ("decoder_input_ids", "labels"):
-            value = item.get(name)
-            if isinstance(value, (list, tuple)) or (isinstance(value, torch.Tensor) and value.dim() == 1):
-                row[name] = [int(v) for v in value]
-        yield row
+                row[name] = _whole_numbers(name, item[name])
+        if _is_row(item.get("labels")):
+            row["labels"] = _whole_numbers("labels", item["labels"])
+        if len(row.get("token_type_ids", row["input_ids"])) != len(row["input_ids"]):
+            raise TCSPError(f"token_type_ids and input_ids of a row have different lengths: {_short(item)}.")
+        if item.get("attention_mask") is not None:
+            _keep_masked(row, _numbers("attention_mask", item["attention_mask"]))
+        columns = list(row) if columns is None else columns
+        if list(row) != columns:
+            raise TCSPError(f"data holds rows of tokens with the columns {columns} and with {list(row)}: give all one.")
+        if all(row[name] for name in row):
+            yield row
+
+
+def _is_row(value: Any) -> bool:
+    """A sequence of numbers, not a class label."""
+    return isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0
+
+
+def _numbers(name: str, values: Any) -> list[Any]:
+    try:
+        return list(values.tolist() if hasattr(values, "tolist") else values)
+    except TypeError:
+        raise TCSPError(f"{name} is {_short(values)}; it must be a list of numbers.") from None
+
+
+def _whole_numbers(name: str, values: Any) -> list[int]:
+    try:
+        return [operator.index(value) for value in _numbers(name, values)]
+    except TypeError:
+        raise TCSPError(f"{name} is {_short(values)}; it must be a list of whole numbers.") from None
+
+
+def _keep_masked(row: Row, mask: list[Any]) -> None:
+    """Take out of a row, in place, what its attention mask leaves out."""
+    if len(mask) != len(row["input_ids"]):
+        raise TCSPError(f"An attention_mask has {len(mask)} entries for {len(row['input_ids'])} input_ids.")
+    wrong = next((value for value in mask if value not in (0, 1)), None)
+    if wrong is not None or None in mask:
+        raise TCSPError(f"An attention_mask holds {_short(wrong)}; it must hold 1 for tokens and 0 for padding.")
+    for name in ("input_ids", "token_type_ids"):
+        if name in row:
+            row[name] = [value for value, kept in zip(row[name], mask, strict=True) if kept]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _text_rows(items: Iterable[Any], first: Any, options: InputOptions) -> Iterator[Row]:
@@ -120,22 +167,33 @@ def _text_rows(items: Iterable[Any], first: Any, options: InputOptions) -> Itera
             "data holds texts, so a tokenizer is needed: pass tokenizer=AutoTokenizer.from_pretrained(...)."
         )
     columns = _columns(first, options.text_columns)
+    count = len(_texts(first, columns))
     for chunk in _chunks(items, 256):
         texts = [_texts(item, columns) for item in chunk]
+        if any(len(text) != count for text in texts):
+            raise TCSPError("data holds single texts and pairs; every item must be like the first one.")
         sources = [text[0] for text in texts]
-        seconds = [text[1] for text in texts] if len(texts[0]) > 1 else None
+        seconds = [text[1] for text in texts] if count > 1 else None
         arguments: dict[str, Any] = {"truncation": True, "max_length": options.max_length}
         if seconds is not None and not options.targets:
             arguments["text_pair"] = seconds
             arguments["truncation"] = "only_second" if columns == ("question", "context") else True
-        encoded = options.tokenizer(sources, **arguments)
+        encoded = _encode(options.tokenizer, sources, **arguments)
         names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
         rows = [{name: encoded[name][i] for name in names} for i in range(len(chunk))]
         if seconds is not None and options.targets:
-            labels = options.tokenizer(text_target=seconds, truncation=True, max_length=options.max_target_length)
+            cut = {"truncation": True, "max_length": options.max_target_length}
+            labels = _encode(options.tokenizer, text_target=seconds, **cut)
             for row, ids in zip(rows, labels["input_ids"], strict=True):
                 row["labels"] = ids
-        yield from rows
+        yield from (row for row in rows if all(row[name] for name in row))
+
+
+def _encode(tokenizer: Any, *texts: list[str], **arguments: Any) -> Any:
+    try:
+        return tokenizer(*texts, **arguments)
+    except (TypeError, ValueError, OverflowError) as error:  # half of a surrogate pair is no text
+        raise TCSPError(f"The tokenizer cannot read one of the texts: {error}") from error
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -150,6 +208,8 @@ def _columns(first: Any, wanted: tuple[str, ...] | None) -> tuple[str, ...] | No
         return None
     names = list(first)
     if wanted is not None:
+        if not 1 <= len(wanted) <= 2:
+            raise TCSPError(f"text_columns is {wanted!r}; it must name one or two columns.")
         missing = [name for name in wanted if name not in names]
         if missing:
             raise TCSPError(f"text_columns names {missing}, but the data has the columns {names}.")
@@ -162,11 +222,13 @@ def _columns(first: Any, wanted: tuple[str, ...] | None) -> tuple[str, ...] | No
 
 def _texts(item: Any, columns: tuple[str, ...] | None) -> tuple[str, ...]:
     if columns is not None:
+        if not isinstance(item, Mapping) or any(name not in item for name in columns):
+            raise TCSPError(f"data holds {_short(item)}; every item must have the columns {list(columns)}.")
         item = [item[name] for name in columns]
     parts: Sequence[Any] = [item] if isinstance(item, str) else item
     good = isinstance(parts, (list, tuple)) and 1 <= len(parts) <= 2 and all(isinstance(part, str) for part in parts)
     if not good:
-        raise TCSPError(f"data holds {item!r}; every item must be a string or a pair of strings.")
+        raise TCSPError(f"data holds {_short(item)}; every item must be a string or a pair of strings.")
     return tuple(parts)
 
 
@@ -204,30 +266,82 @@ def _loader_batches(loader: Iterable[Any], options: InputOptions) -> Iterator[Ba
         if not isinstance(item, Mapping) or not isinstance(item.get("input_ids"), torch.Tensor):
             raise TCSPError("The DataLoader must yield dictionaries with a tensor input_ids (batch, length).")
         batch = {name: value for name, value in item.items() if name in allowed and isinstance(value, torch.Tensor)}
-        if options.max_sequences is not None:
-            batch = {name: value[: options.max_sequences - seen] for name, value in batch.items()}
-        if batch["input_ids"].shape[0] == 0:
-            if options.max_sequences is not None and seen >= options.max_sequences:
-                return
+        if batch["input_ids"].dim() > 0 and len(batch["input_ids"]) == 0:
             continue
-        seen += batch["input_ids"].shape[0]
-        yield _checked(batch, options)
+        batch = _without_empty(_checked(batch, options))
+        if options.max_sequences is not None:
+            left = options.max_sequences - seen
+            batch = {name: value[:left] for name, value in batch.items()}
+        seen += len(batch["input_ids"])
+        if len(batch["input_ids"]) > 0:
+            yield batch
+        if options.max_sequences is not None and seen >= options.max_sequences:
+            return
+
+
+def _without_empty(batch: Batch) -> Batch:
+    """Without the sequences that have no token: a padded row, or a target that is padding only."""
+    ids = batch["input_ids"]
+    real = torch.ones_like(ids, dtype=torch.bool) if "attention_mask" not in batch else batch["attention_mask"].bool()
+    keep = real.any(-1)
+    if keep.dim() > 1:
+        if bool((keep.any(-1) & ~keep.all(-1)).any()):
+            raise TCSPError("A batch holds a choice without a single token: give every choice some text.")
+        keep = keep.all(-1)
+    if "decoder_attention_mask" in batch:
+        keep = keep & batch["decoder_attention_mask"].bool().any(-1)
+    if "labels" in batch:
+        keep = keep & (batch["labels"] != -100).any(-1)
+    if bool(keep.all()):
+        return batch
+    return {name: value[keep] if len(value) == len(ids) else value for name, value in batch.items()}
+
+
+def _check_shapes(batch: Batch) -> None:
+    """Every tensor has one row for each sequence; masks hold 0 and 1 and fit what they are masks of."""
+    ids = batch["input_ids"]
+    if ids.dim() not in (2, 3) or ids.numel() == 0:
+        raise TCSPError(f"input_ids has the shape {tuple(ids.shape)}; it must be (batch, length), with a length.")
+    if "decoder_attention_mask" in batch and "decoder_input_ids" not in batch:
+        raise TCSPError("A batch has a decoder_attention_mask without decoder_input_ids: leave it out.")
+    for name, value in batch.items():
+        decodes = name.startswith("decoder") or name == "labels"
+        like = batch.get("decoder_input_ids", value) if name == "decoder_attention_mask" else value if decodes else ids
+        rows = (1, len(ids)) if name == "position_ids" else (len(ids),)
+        fits = value.dim() >= 2 and value.shape[0] in rows and value.shape[1:] == like.shape[1:] and value.shape[-1] > 0
+        if not fits or (decodes and value.dim() != 2):
+            raise TCSPError(
+                f"{name} has the shape {tuple(value.shape)} beside input_ids of the shape {tuple(ids.shape)}: they do "
+                "not fit."
+            )
+        if name.endswith("mask"):
+            if value.dtype == torch.bool:
+                continue
+            if bool(((value != 0) & (value != 1)).any()):
+                raise TCSPError(f"{name} holds other values than 1 (tokens) and 0 (padding).")
+        elif value.dtype not in (torch.int64, torch.int32):
+            raise TCSPError(f"{name} has dtype {value.dtype}; it must hold integers.")
+
+
+def _check_range(start: str, values: torch.Tensor, size: int, end: str) -> None:
+    """Raise TCSPError unless all values are entries of a table of this size."""
+    if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < size:
+        worst = int(values.max()) if int(values.max()) >= size else int(values.min())
+        raise TCSPError(f"{start} {worst}, but {end}")
 
 
 def _checked(batch: Batch, options: InputOptions) -> Batch:
+    _check_shapes(batch)
     ids = batch["input_ids"]
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TCSPError(f"input_ids has dtype {ids.dtype}; it must hold integers.")
+    size = options.vocab_size
     for name in ("input_ids", "decoder_input_ids", "labels"):
-        if name not in batch or batch[name].numel() == 0:
-            continue
-        values = batch[name][batch[name] != -100] if name == "labels" else batch[name]
-        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < options.vocab_size:
-            worst = int(values.max()) if int(values.max()) >= options.vocab_size else int(values.min())
-            raise TCSPError(
-                f"{name} holds the token {worst}, but the model's vocabulary has {options.vocab_size} entries: is the "
-                "tokenizer the model's own?"
-            )
+        if name in batch:
+            values = batch[name][batch[name] != -100] if name == "labels" else batch[name]
+            said = f"the model's vocabulary has {size} entries: is the tokenizer the model's own?"
+            _check_range(f"{name} holds the token", values, size, said)
+    for name, count in (("token_type_ids", options.type_vocab_size), ("position_ids", options.position_count)):
+        if name in batch and count is not None:
+            _check_range(f"{name} holds", batch[name], count, f"the model has {count} of them.")
     if ids.shape[-1] > options.max_length:
         raise TCSPError(
             f"A batch has sequences of {ids.shape[-1]} tokens, more than the {options.max_length} that the model (or "

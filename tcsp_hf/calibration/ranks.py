@@ -60,7 +60,7 @@ def calibrate_on_ranks(
 
     def merged() -> Calibration:
         if not parts:
-            raise NoData("The calibration data is empty: give at least one sequence.")
+            raise NoData("The calibration data is empty or only padding: give at least one sequence.")
         return Calibration.merge(parts)
 
     return on_first_rank(merged)

@@ -85,10 +85,15 @@ def calibrate(
         ("batch_size", batch_size),
         ("max_sequences", max_sequences),
         ("max_length", max_length),
+        ("max_target_length", max_target_length),
         ("checkpoint_every", checkpoint_every),
     ):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        optional = name in ("max_sequences", "max_length")
+        if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise TCSPError(f"{name} is {value!r}; it must be a positive integer.")
+    for name, value in (("sample_tokens", sample_tokens), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int) or (name == "sample_tokens" and value < 0):
+            raise TCSPError(f"{name} is {value!r}; it must be a whole number.")
     name, objective = objective_of(model, pooling)
     if isinstance(text_columns, str):
         text_columns = (text_columns,)
@@ -104,6 +109,8 @@ def calibrate(
         targets=family == "t5" and head == "ForConditionalGeneration",
         pad_token_id=config.pad_token_id or 0,
         vocab_size=config.vocab_size,
+        type_vocab_size=config.type_vocab_size if family == "bert" else None,
+        position_count=config.max_position_embeddings if family == "bert" else None,
     )
     result = Calibration(
         model_fingerprint=model_fingerprint(model),
@@ -174,7 +181,7 @@ def calibrate(
     if saved is not None:
         saved.finish()
     if result.sequences == 0:
-        raise NoData("The calibration data is empty: give at least one sequence.")
+        raise NoData("The calibration data is empty or only padding: give at least one sequence.")
     result.data_fingerprint = str(fingerprint)
     result.sites = recorder.statistics()
     result.sample = sample
@@ -263,6 +270,8 @@ def _add_decoder_inputs(model: PreTrainedModel, head: str, inputs: Batch, max_ta
 
 def _greedy(model: Any, inputs: Batch, max_target_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The model's own greedy output (batch, length) and the mask of its real tokens, the end token included."""
+    # transformers makes a T5's cache of as many layers as the encoder has
+    deeper = getattr(model.config, "num_decoder_layers", 0) > model.config.num_hidden_layers
     with torch.no_grad():
         generated = model.generate(
             input_ids=inputs["input_ids"],
@@ -270,6 +279,7 @@ def _greedy(model: Any, inputs: Batch, max_target_length: int) -> tuple[torch.Te
             max_new_tokens=max_target_length,
             do_sample=False,
             num_beams=1,
+            **({"use_cache": False} if deeper else {}),
         )
     target = generated[:, 1:]
     ends = model.config.eos_token_id

@@ -1,7 +1,7 @@
 """`tcsp compress`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -78,6 +78,9 @@ def compress_command(
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     overwrite: OverwriteOption = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Save a model whose outputs are far from what was predicted.")
+    ] = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -108,7 +111,7 @@ def compress_command(
             fisher=subspace == "balanced",
             progress=progress_of(quiet, as_json),
         )
-    small = compress(
+    small: Any = compress(
         dense,
         found,
         hidden_size=hidden_size,
@@ -124,6 +127,9 @@ def compress_command(
         multiple_of=multiple_of,
         progress=progress_of(quiet, as_json),
     )
+    if small.doubt is not None and not force:
+        raise TCSPError(f"{small.doubt} Nothing was saved; --force saves it all the same.")
+    small.doubt = None
     with new_folder(output, overwrite) as staging:
         if sentence_transformer:
             save_sentence_transformer(small, tokenizer, source, staging)

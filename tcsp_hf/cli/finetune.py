@@ -10,11 +10,11 @@ import typer
 
 from ..data.sources import first_rows
 from ..files import check_output_folder, new_folder
-from ..loading import load_model, load_tokenizer
+from ..loading import load_model, load_tokenizer, resolve_name
 from ..tasks import TASKS, find_task, score
 from ..tasks.table import Task
 from ..train.finetune import Schedule, choose_rows, finetune
-from ..train.models import load_for_task, resolve_name
+from ..train.models import load_for_task
 from .common import (
     DeviceOption,
     DtypeOption,

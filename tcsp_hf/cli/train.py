@@ -11,11 +11,10 @@ from ..compression import removed_fraction
 from ..data.sources import first_rows, load_data
 from ..errors import TCSPError
 from ..files import check_output_folder, new_folder
-from ..loading import load_model, load_tokenizer
+from ..loading import load_model, load_tokenizer, resolve_name
 from ..tasks import TASKS, find_task, score
 from ..train.distil import run_training, task_trainer
 from ..train.finetune import Schedule, choose_rows
-from ..train.models import resolve_name
 from .common import JsonOption, OverwriteOption, QuietOption, print_json, print_table, progress_of
 from .finetune import (
     BatchSizeOption,

@@ -10,6 +10,7 @@ from .least_squares import NormalEquations, ridge
 from .plan import Sizes
 from .refit_bert import RefitResult
 from .subspace import Basis
+from .weights import DenseWeights
 
 Tensors = dict[str, torch.Tensor]
 MLM_SITE = "mlm_head"
@@ -44,14 +45,9 @@ def config_fields(dense: PreTrainedModel, widths: dict[str, int], sizes: Sizes) 
     }
 
 
-def dense_tensors(dense: PreTrainedModel) -> Tensors:
-    """The dense model's state dict in float64 on the CPU."""
-    return {name: value.detach().to("cpu", torch.float64) for name, value in dense.state_dict().items()}
-
-
 def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
     """State dict of the compressed model; bases: site name -> subspace, in the order of the forward pass."""
-    source = dense_tensors(dense)
+    source = DenseWeights(dense)
     prefix = "bert." if hasattr(dense, "bert") else ""
     result: Tensors = {}
     names = [name for name in bases if name != MLM_SITE]
@@ -74,7 +70,7 @@ def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
     for table in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
         # centring each row centres their sum
         key = f"{prefix}embeddings.{table}.weight"
-        result[key] = _centred(source[key]) @ first.encoder
+        result[key] = source.table(key, first.encoder, centred=True)
     result[f"{prefix}embeddings.norm.weight"] = norm_scale(first)
 
     gamma, beta = norm("embeddings.LayerNorm")
@@ -110,7 +106,7 @@ def assemble(dense: PreTrainedModel, bases: dict[str, Basis], made: RefitResult)
 
     A classifier on the pooler is solved again as well, to reproduce the dense logits from the pooled features.
     """
-    source = dense_tensors(dense)
+    source = DenseWeights(dense)
     tensors = {**made.tensors, **project_heads(dense, source, bases, made.reader)}
     if "classifier.weight" in source and "bert.pooler.dense.weight" in source:
         tensors["classifier.weight"], tensors["classifier.bias"] = _refit_classifier(dense, source, tensors, made)
@@ -120,7 +116,7 @@ def assemble(dense: PreTrainedModel, bases: dict[str, Basis], made: RefitResult)
 
 
 def _refit_classifier(
-    dense: PreTrainedModel, source: Tensors, tensors: Tensors, made: RefitResult
+    dense: PreTrainedModel, source: DenseWeights, tensors: Tensors, made: RefitResult
 ) -> tuple[torch.Tensor, torch.Tensor]:
     norm = f"bert.encoder.layer.{dense.config.num_hidden_layers - 1}.output.LayerNorm"
     gamma, beta = source[f"{norm}.weight"], source[f"{norm}.bias"]
@@ -140,7 +136,7 @@ def _refit_classifier(
 
 
 def project_heads(
-    dense: PreTrainedModel, source: Tensors, bases: dict[str, Basis], last: tuple[torch.Tensor, torch.Tensor]
+    dense: PreTrainedModel, source: DenseWeights, bases: dict[str, Basis], last: tuple[torch.Tensor, torch.Tensor]
 ) -> Tensors:
     """Everything after the last site; last: (weight (D, k), offset (D,)), hidden state ~ weight @ z + offset.
 
@@ -174,11 +170,6 @@ def project_heads(
         result["cls.predictions.decoder.weight"] = decoder @ (head_gamma[:, None] * head.decoder)
         result["cls.predictions.decoder.bias"] = source["cls.predictions.decoder.bias"] + decoder @ head_beta
     return result
-
-
-def _centred(rows: torch.Tensor) -> torch.Tensor:
-    """Rows x (n, D) -> M x."""
-    return rows - rows.mean(dim=1, keepdim=True)
 
 
 def _centring_rows(encoder: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,8 @@ from .streams import padded_batches
 
 _SEQUENCES = 200
 _TOKENS = 8192
+_FACTOR = 10.0
+_HARMLESS = 0.01
 
 
 def probe_sequences(stats: Calibration, sequences: int, tokens: int) -> list[dict[str, list[int]]]:
@@ -63,3 +65,24 @@ def measured_loss(dense: PreTrainedModel, small: Any, stats: Calibration) -> flo
             "float32 (load the dense model with dtype=torch.float32), or to a larger size."
         )
     return total / len(rows)
+
+
+def doubt_about(predicted: float | None, measured: float | None, embedding_size: int | None) -> str | None:
+    """Why a model must not be trusted whose measured loss lies beyond what its prediction allows; None if it does not.
+
+    Predictions are right within a factor of three on the models at hand. Beyond ten times (and more than 0.01 nats, or
+    0.01 of the cosine), something else went wrong than the cut.
+
+    Args:
+        predicted, measured: nats per sequence, or (1 - cosine) / D; None where it is not known.
+        embedding_size: D for an embedding model, whose losses are divided by it; None for others.
+    """
+    if predicted is None or measured is None:
+        return None
+    bound = _FACTOR * predicted + _HARMLESS / (embedding_size or 1)
+    if measured <= bound:
+        return None
+    return (
+        f"The compressed model's loss on held-out sequences is {measured:.3g}, but {predicted:.3g} was predicted (at "
+        f"most {bound:.3g}, with the prediction's error): compress less, calibrate on more text, or in float32."
+    )

@@ -13,7 +13,7 @@ from ..calibration import Calibration
 from ..errors import TCSPError
 from . import bert, t5
 from .builder import Builder
-from .check import measured_loss
+from .check import doubt_about, measured_loss, objective_name
 from .curves import CurveMeasure
 from .latency import allocate_by_latency
 from .least_squares import FEW_TOKENS
@@ -81,7 +81,8 @@ def compress(
     Returns:
         A new model of the matching TCSP class, in evaluation mode, with the dense model's dtype and device.
         `config.projection["options"]` records the loss predicted by the search and measured on the sample's held-out
-        sequences: nats per sequence to the dense model, (1 - cosine) / D for an embedding model.
+        sequences: nats per sequence to the dense model, (1 - cosine) / D for an embedding model. Where the second is
+        far beyond the first, a warning says so, and `save_pretrained` refuses the model unless `force=True`.
 
     Raises:
         TCSPError: bad arguments, statistics of another model, or too few tokens; nothing was built then.
@@ -110,6 +111,8 @@ def compress(
             "calibrate on more text, or choose a smaller size."
         )
     bases = _cut_bases(stats, builder, spectra, sizes, subspace, epsilon)
+    del spectra
+    small: Any
     record = {"subspace": subspace, "epsilon": float(epsilon) if subspace == "balanced" else None, "options": options}
     if request.refit:
         small = _refit(model, stats, request, builder, bases, sizes, record, progress)
@@ -119,9 +122,13 @@ def compress(
     measured = measured_loss(model, small, stats)
     if measured is not None:
         small.config.projection["options"]["measured_kl"] = round(measured, 8)
+    predicted = options.get("predicted_kl")
+    size = full if objective_name(model, stats).startswith("embedding") else None
+    small.doubt = doubt_about(predicted, measured, size)
+    if small.doubt is not None:
+        logger.warning("%s", small.doubt)
     if verbose:
         print(size_table(model, small))
-        predicted = options.get("predicted_kl")
         if predicted is not None and measured is not None:
             print(f"loss (nats per sequence): predicted {predicted:.3g}, measured {measured:.3g}")
     return small

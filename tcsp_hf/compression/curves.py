@@ -25,7 +25,7 @@ from ..calibration.divergence import divergence, model_inputs
 from .check import objective_name, probe_sequences
 from .filters import drop_inputs
 from .heads import drop_heads, inverse_root, score_moments
-from .least_squares import HELD_OUT_EVERY, NormalEquations, solve
+from .least_squares import HELD_OUT_EVERY, NormalEquations, damped_inverse, solve
 from .metrics import Metrics
 from .plan import Costs, LossCurves, filter_step
 from .replay import Replay
@@ -200,7 +200,7 @@ class CurveMeasure:
         for block in measured:
             inputs = block.output.in_features + (self.costs.full if self.family == "bert" else 0)
             records[block.writes] = _Record(
-                NormalEquations.zeros(inputs, 1, self.device, bias=self.family == "bert"),
+                NormalEquations.zeros(inputs, 1, self.device, bias=self.family == "bert", folds=1),
                 [torch.zeros(heads, size, size, dtype=torch.float64, device=self.device) for _ in range(2)],
             )
         seen: dict[Any, torch.Tensor] = {}
@@ -285,7 +285,7 @@ class CurveMeasure:
                 curves.filters.append(np.zeros(self.costs.neurons + 1))
             return
         per_sequence = 0.5 * self.lengths[block.stack]
-        moments = record.equations.total[0] / max(1e-9, record.weight)
+        moments = record.equations.total[0].div_(max(1e-9, record.weight))
         whole = self._solution(block)
         weighed = self.metrics.root(block.writes) @ whole
         if not block.attends:
@@ -349,7 +349,7 @@ class CurveMeasure:
     ) -> np.ndarray:
         size, heads = self.costs.head_size, self.costs.heads
         diagonal = moments.diagonal()
-        inverse = torch.linalg.inv(moments + torch.diag(1e-4 * diagonal.clamp(min=1e-8 * float(diagonal.mean()))))
+        inverse = damped_inverse(moments, 1e-4 * diagonal.clamp(min=1e-8 * float(diagonal.mean())))
         curve = torch.zeros(size + 1, dtype=torch.float64)
         turns: list[torch.Tensor] = []
         for head in range(heads):

@@ -55,9 +55,11 @@ def cut_filters(problem: Problem, root: torch.Tensor, neurons: int, keep: int) -
     equations, prior = problem
     if keep == neurons:
         return problem, torch.arange(neurons, device=prior.device)
-    first = solve(*equations.total, prior, _FIRST_PASS_STRENGTH, equations.bias)
+    moments, cross = equations.total
+    first = solve(moments, cross, prior, _FIRST_PASS_STRENGTH, equations.bias)
     block = max(16, (neurons - keep) // _FEWEST_BLOCKS)
-    kept, _, _ = drop_inputs(equations.total[0], root @ first.T, neurons, keep, block)
+    kept, _, _ = drop_inputs(moments, root @ first.T, neurons, keep, block)
+    del moments, cross
     rows = torch.cat([kept, torch.arange(neurons, len(prior), device=prior.device)])
     return (equations.keep(rows[:-1] if equations.bias else rows), prior[rows]), kept
 

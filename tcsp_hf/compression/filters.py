@@ -7,6 +7,11 @@ layer-wise Gram matrices: Frantar and Alistarh 2022), removing the inputs J and 
 
 import torch
 
+from .least_squares import damped_inverse
+
+_COMPACT = 0.85
+"""What went is cut out of the matrices once less than this share of them is left."""
+
 
 def drop_inputs(
     moments: torch.Tensor, weights: torch.Tensor, candidates: int, keep: int, block: int = 16
@@ -26,27 +31,32 @@ def drop_inputs(
     """
     diagonal = moments.diagonal()
     damping = 1e-5 * diagonal.clamp(min=1e-8 * float(diagonal.mean()))
-    inverse = torch.linalg.inv(moments + torch.diag(damping))
+    inverse = damped_inverse(moments, damping)
     weights = weights.clone()
     index = torch.arange(moments.shape[0], device=moments.device)
+    alive = torch.ones(candidates, dtype=torch.bool, device=moments.device)  # of the candidates still in `inverse`
     left, loss = candidates, 0.0
     curve = [(left, loss)]
     order: list[torch.Tensor] = []
     while left > keep:
         count = min(block, left - keep)
-        score = weights[:, :left].square().sum(0) / inverse.diagonal()[:left]
-        gone = score.argsort()[:count]
+        score = weights[:, : len(alive)].square().sum(0) / inverse.diagonal()[: len(alive)]
+        gone = score.masked_fill(~alive, float("inf")).argsort()[:count]
         order.append(index[gone])
         core = torch.linalg.inv(inverse[gone][:, gone])
         lost = weights[:, gone]
         loss += float(((lost @ core) * lost).sum())
-        stays = torch.ones(len(index), dtype=torch.bool, device=index.device)
-        stays[gone] = False
         rows = inverse[gone]
         correction = core @ rows
-        weights = (weights - lost @ correction)[:, stays]
-        inverse = inverse.addmm(rows.T, correction, alpha=-1.0)[stays][:, stays]
-        index = index[stays]
+        weights.addmm_(lost, correction, alpha=-1.0)  # the columns of what went become zero
+        inverse.addmm_(rows.T, correction, alpha=-1.0)
+        alive[gone] = False
         left -= count
         curve.append((left, loss))
-    return index[:left].sort().values, curve, torch.cat(order) if order else index[:0]
+        if left < _COMPACT * len(alive):
+            stays = torch.cat([alive, alive.new_ones(len(index) - len(alive))]).nonzero().squeeze(1)
+            weights, index = weights[:, stays], index[stays]
+            inverse = inverse[stays][:, stays]
+            alive = alive[alive]
+    kept = index[: len(alive)][alive]
+    return kept.sort().values, curve, torch.cat(order) if order else index[:0]

@@ -2,6 +2,8 @@
 
 import torch
 
+from .least_squares import damped_inverse
+
 
 def inverse_root(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric square root of (..., d, d) and its inverse; directions without energy are floored."""
@@ -60,7 +62,7 @@ def value_factors(moments: torch.Tensor, weights: torch.Tensor, heads: int, head
     """
     diagonal = moments.diagonal()
     damping = 1e-4 * diagonal.clamp(min=1e-8 * float(diagonal.mean()))
-    inverse = torch.linalg.inv(moments + torch.diag(damping))
+    inverse = damped_inverse(moments, damping)
     weights = weights.clone()
     offset = 0
     kept: list[torch.Tensor] = []
@@ -68,7 +70,8 @@ def value_factors(moments: torch.Tensor, weights: torch.Tensor, heads: int, head
         mine = slice(offset, offset + head_size)
         conditional = torch.linalg.inv(inverse[mine, mine])
         root, inverse_of_root = inverse_root(conditional)
-        _, _, right = torch.linalg.svd(weights[:, mine] @ root, full_matrices=False)
+        # all d directions, also where there are fewer outputs
+        _, _, right = torch.linalg.svd(weights[:, mine] @ root, full_matrices=len(weights) < head_size)
         turn, back = right @ inverse_of_root, root @ right.T  # new = turn @ old, old = back @ new
         weights[:, mine] = weights[:, mine] @ back
         inverse[mine, :] = back.T @ inverse[mine, :]
@@ -98,7 +101,7 @@ def drop_heads(
     """
     diagonal = moments.diagonal()
     damping = 1e-4 * diagonal.clamp(min=1e-8 * float(diagonal.mean()))
-    inverse = torch.linalg.inv(moments + torch.diag(damping))
+    inverse = damped_inverse(moments, damping)
     weights = weights.clone()
     left = list(range(heads))
     losses = [0.0]

@@ -18,7 +18,7 @@ FEW_TOKENS = 2
 """Fewer tokens than this for every input are few."""
 _STRONG = 0.1
 _PANEL = 384
-_BLOCK = 4096
+_BLOCK = 2048
 _LEAST_ALONE = 0.1  # tokens count alone as well, however much they agree
 
 
@@ -62,13 +62,13 @@ class Segments:
 
 
 class NormalEquations:
-    """Sums `H = sum w x x'` and `C = sum w x t'` for x = [u, 1] (or u alone), in two folds (fit, held out).
+    """Sums `H = sum w x x'` and `C = sum w x t'` for x = [u, 1] (or u alone), in two folds (fit, held out) or in one.
 
     Attributes:
         inputs: number of entries of u; `bias` tells whether x has the constant.
         tokens: how many were added.
-        moments: H (2, entries of x, entries of x) float64.
-        cross: C (2, entries of x, outputs) float64.
+        moments: H (folds, entries of x, entries of x) float64.
+        cross: C (folds, entries of x, outputs) float64.
     """
 
     def __init__(self, inputs: int, moments: torch.Tensor, cross: torch.Tensor, bias: bool = True) -> None:
@@ -78,15 +78,18 @@ class NormalEquations:
         self._moments = moments
         self._cross = cross
         # small batches wait until they make a block: one float64 addition for many
-        self._waiting: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[], []]
+        self._waiting: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in moments]
 
     @classmethod
-    def zeros(cls, inputs: int, outputs: int, device: torch.device, bias: bool = True) -> "NormalEquations":
+    def zeros(
+        cls, inputs: int, outputs: int, device: torch.device, bias: bool = True, folds: int = 2
+    ) -> "NormalEquations":
+        """Nothing added yet. With one fold there is no held-out part: `ridge` cannot choose its strength."""
         size = inputs + int(bias)
         return cls(
             inputs,
-            torch.zeros(2, size, size, dtype=torch.float64, device=device),
-            torch.zeros(2, size, outputs, dtype=torch.float64, device=device),
+            torch.zeros(folds, size, size, dtype=torch.float64, device=device),
+            torch.zeros(folds, size, outputs, dtype=torch.float64, device=device),
             bias,
         )
 
@@ -107,7 +110,7 @@ class NormalEquations:
         self.tokens += len(weights)
         root = weights.sqrt().unsqueeze(1)
         constant = [torch.ones_like(root)] if self.bias else []
-        block = torch.cat([*parts, *constant], dim=1) * root
+        block = torch.cat([*parts, *constant], dim=1).mul_(root)
         wanted = targets * root
         if segments is not None and coherence > 0.0:
             pieces = len(segments.scale)
@@ -116,13 +119,13 @@ class NormalEquations:
             # all tokens of a piece are of one sequence, so of one fold
             folds = torch.zeros(pieces, dtype=torch.bool, device=held_out.device)
             folds[segments.ids] = held_out
-            self._wait(both[0] * scale, both[1] * scale, folds)
+            self._wait(both[0].mul_(scale), both[1].mul_(scale), folds)
             alone = max(1.0 - coherence, _LEAST_ALONE) ** 0.5
-            block, wanted = block * alone, wanted * alone
+            block, wanted = block.mul_(alone), wanted.mul_(alone)
         self._wait(block, wanted, held_out)
 
     def _wait(self, block: torch.Tensor, wanted: torch.Tensor, held_out: torch.Tensor) -> None:
-        for fold in (0, 1):
+        for fold in range(len(self._waiting)):
             chosen = held_out == bool(fold)
             if bool(chosen.all()):
                 self._waiting[fold].append((block, wanted))
@@ -133,27 +136,31 @@ class NormalEquations:
 
     def _flush(self, fold: int) -> None:
         if self._waiting[fold]:
-            block = torch.cat([rows for rows, _ in self._waiting[fold]])
+            waiting, self._waiting[fold] = self._waiting[fold], []
+            block, wanted = (torch.cat(rows) if len(rows) > 1 else rows[0] for rows in zip(*waiting, strict=True))
+            del waiting
             self._moments[fold] += gram(block)
-            self._cross[fold] += block.T @ torch.cat([wanted for _, wanted in self._waiting[fold]])
-            self._waiting[fold] = []
+            self._cross[fold] += block.T @ wanted
+
+    def _flush_all(self) -> None:
+        for fold in range(len(self._waiting)):
+            self._flush(fold)
 
     @property
     def moments(self) -> torch.Tensor:
-        for fold in (0, 1):
-            self._flush(fold)
+        self._flush_all()
         return self._moments
 
     @property
     def cross(self) -> torch.Tensor:
-        for fold in (0, 1):
-            self._flush(fold)
+        self._flush_all()
         return self._cross
 
     @property
     def total(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """H and C over both folds."""
-        return self.moments.sum(0), self.cross.sum(0)
+        """H and C over all folds; with one fold, the sums themselves."""
+        moments, cross = self.moments, self.cross
+        return (moments[0], cross[0]) if len(moments) == 1 else (moments.sum(0), cross.sum(0))
 
     def keep(self, indices: torch.Tensor) -> "NormalEquations":
         """Only these entries of u (and the constant)."""
@@ -183,11 +190,28 @@ def solve(
     if bias:
         penalty[-1] = 1e-7 * diagonal[-1]
     for _ in range(8):
-        factor, failed = torch.linalg.cholesky_ex(moments + torch.diag(penalty))
+        factor, failed = _factor(moments, penalty)
         if not int(failed):
             return prior + torch.cholesky_solve(cross - moments @ prior, factor)
         penalty = penalty * 100.0  # rank-deficient to rounding: shrink harder
     raise TCSPError("The refit's normal equations are not finite: use refit=False, or check the weights.")
+
+
+def _factor(moments: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cholesky factor of `moments` with `shift` added to its diagonal, in one copy, and whether it failed."""
+    shifted = moments.clone()
+    shifted.diagonal().add_(shift)
+    failed = torch.empty((), dtype=torch.int32, device=moments.device)
+    torch.linalg.cholesky_ex(shifted, out=(shifted, failed))
+    return shifted, failed
+
+
+def damped_inverse(moments: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
+    """Inverse of a Gram matrix (p, p) with `damping` (p,) added to its diagonal."""
+    factor, failed = _factor(moments, damping)
+    if int(failed):  # not positive definite to rounding
+        return torch.linalg.inv(moments + torch.diag(damping))
+    return torch.cholesky_inverse(factor)
 
 
 def ridge(

@@ -37,7 +37,7 @@ Affine = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass
 class RefitResult:
-    """Solved weights, float64 on the CPU.
+    """Solved weights on the CPU.
 
     Attributes:
         tensors: state dict entries of embeddings, layers and norms, with the base model's prefix.
@@ -117,7 +117,7 @@ class BertRefit:
         gamma, beta = self._norm(2 * self.layers)
         weight = gamma.double()[:, None] * decoder[:-1].T
         offset = beta.double() + gamma.double() * decoder[-1]
-        named = {f"{self.prefix}{name}": value.double().cpu() for name, value in tensors.items()}
+        named = {f"{self.prefix}{name}": value.cpu() for name, value in tensors.items()}
         return RefitResult(named, bases, (weight.cpu(), offset.cpu()), carried, dense, self.sample)
 
     # --- the dense model ---------------------------------------------------------------------------------------

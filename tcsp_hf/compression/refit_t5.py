@@ -33,16 +33,18 @@ _PROBE_SEQUENCES, _PROBE_TOKENS = 64, 4096
 
 @dataclass
 class T5Refit:
-    """Solved weights, float64 on the CPU.
+    """Solved weights on the CPU.
 
     Attributes:
         tensors: state dict entries of blocks and norms.
         lifts: by stack, (D, k): dense hidden state ~ lift @ z at its last site.
+        scales: by stack, (k,): the constants of its last norm, one for each entry: for a norm that keeps its weight.
         kept_heads: indices of the kept heads, for every attention block in the order of the forward pass.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     lifts: dict[str, torch.Tensor] = field(default_factory=dict)
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
     kept_heads: list[list[int]] = field(default_factory=list)
 
 
@@ -150,7 +152,8 @@ class _Stack:
     def _open(self, name: str, stream: Stream, own: Stream) -> tuple[Stream, Stream, torch.Tensor]:
         """Norm both streams at a site; fit the norm's constant and the decoder X (k, D) float64, n ~ z @ X."""
         normalised, carried = self._stream(self.full), self._stream(self.basis.size)
-        product = square = 0.0
+        product = torch.zeros(self.basis.size, dtype=torch.float64, device=self.device)
+        square = torch.zeros_like(product)
         for group in self.sample.groups:
             dense = self._read(stream, group)
             dense = dense / self._rms(dense, self.eps)
@@ -158,9 +161,11 @@ class _Stack:
             mine = mine / self._rms(mine, self.eps * self.full / self.basis.size)
             normalised.write(group.rows, dense)
             carried.write(group.rows, mine)
-            product += float((mine * (dense @ self.encoder)).sum(dtype=torch.float64))
-            square += float(mine.square().sum(dtype=torch.float64))
-        constant = product / square if square > 0 else 1.0
+            product += (mine * (dense @ self.encoder)).sum(0, dtype=torch.float64)
+            square += mine.square().sum(0, dtype=torch.float64)
+        constant = float(product.sum() / square.sum()) if bool(square.any()) else 1.0
+        if name.endswith(".final"):
+            self.result.scales[self.stack] = torch.where(square > 0, product / square, 1.0).cpu()
         self.result.tensors[self._norm_name(name)] = torch.full((self.basis.size,), constant, dtype=torch.float64)
         equations = NormalEquations.zeros(self.basis.size, self.full, self.device, bias=False)
         for group in self.sample.groups:
@@ -266,7 +271,7 @@ class _Stack:
         )
         names = ("wi_0", "wi_1") if len(mine) > 1 else ("wi",)
         for name, weight in zip(names, mine, strict=True):
-            self.result.tensors[f"{self._block_name(block)}.{name}.weight"] = weight[found["kept"]].double().cpu()
+            self.result.tensors[f"{self._block_name(block)}.{name}.weight"] = weight[found["kept"]].cpu()
         return moved
 
     # --- attention -----------------------------------------------------------------------------------------------
@@ -364,7 +369,7 @@ class _Stack:
         if found["turn"] is not None:
             mine[2] = found["turn"].float() @ mine[2]
         for name, weight in zip("qkv", (mine[0][rows], mine[1][rows], mine[2]), strict=True):
-            self.result.tensors[f"{self._block_name(block)}.{name}.weight"] = weight.double().cpu()
+            self.result.tensors[f"{self._block_name(block)}.{name}.weight"] = weight.cpu()
         self.result.kept_heads.append(found["kept"].tolist())
         return moved
 

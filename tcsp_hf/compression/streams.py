@@ -10,7 +10,7 @@ from torch import nn
 
 from .least_squares import HELD_OUT_EVERY
 
-_GROUP_TOKENS = 4096
+GROUP_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PackedSample:
             length = len(sequences[ordered[at]][column])
             members: list[int] = []
             while at < len(ordered) and len(sequences[ordered[at]][column]) == length:
-                if members and (len(members) + 1) * length > _GROUP_TOKENS:
+                if members and (len(members) + 1) * length > GROUP_TOKENS:
                     break
                 members.append(ordered[at])
                 at += 1
@@ -83,7 +83,7 @@ class PackedSample:
 
 
 def padded_batches(
-    sequences: Sequence[dict[str, list[int]]], device: torch.device, max_tokens: int = _GROUP_TOKENS
+    sequences: Sequence[dict[str, list[int]]], device: torch.device, max_tokens: int = GROUP_TOKENS
 ) -> list[dict[str, torch.Tensor]]:
     """The sequences sorted by length, padded with zeros, with masks; at most `max_tokens` entries in a batch."""
     ordered = sorted(sequences, key=lambda row: (len(row["input_ids"]), len(row.get("decoder_input_ids", ()))))
@@ -139,8 +139,8 @@ class Stream:
         return torch.from_numpy(np.asarray(whole[rows.numpy()]))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        for start in range(0, self.tokens, _GROUP_TOKENS):
-            yield self.read(slice(start, min(start + _GROUP_TOKENS, self.tokens)))
+        for start in range(0, self.tokens, GROUP_TOKENS):
+            yield self.read(slice(start, min(start + GROUP_TOKENS, self.tokens)))
 
     def close(self) -> None:
         self._file.close()

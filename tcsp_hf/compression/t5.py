@@ -10,8 +10,10 @@ from ..architectures import blocks_of
 from .plan import Sizes
 from .refit_t5 import T5Refit
 from .subspace import Basis
+from .weights import DenseWeights
 
 Tensors = dict[str, torch.Tensor]
+LM_HEAD, TABLE = "lm_head.weight", "shared.weight"
 
 
 def model_class(head: str) -> type[PreTrainedModel]:
@@ -25,6 +27,8 @@ def config_fields(
     config = dense.config
     encoder = widths["encoder.final"]
     decoder = widths.get("decoder.final", encoder)
+    own_bases = own_bases and not keeps_coordinates(dense, widths)
+    tied = keeps_tie(dense, widths)
     fields: dict[str, object] = {}
     attention = [block for block in blocks_of(dense) if block.attends]
     networks = [block for block in blocks_of(dense) if not block.attends]
@@ -46,10 +50,26 @@ def config_fields(
         "d_model": decoder,
         "encoder_hidden_size": encoder if own_bases else None,
         "source_hidden_size": config.d_model,
-        "tie_lm_head": False,
-        "scale_decoder_outputs": False,
+        "tie_lm_head": tied,
+        "scale_decoder_outputs": tied and bool(getattr(config, "scale_decoder_outputs", False)),
         "tie_word_embeddings": True,
     }
+
+
+def keeps_coordinates(dense: PreTrainedModel, widths: dict[str, int]) -> bool:
+    """Whether no stream is cut: both stacks then keep the dense coordinates, which are one basis."""
+    return all(widths.get(name) in (None, dense.config.d_model) for name in ("encoder.final", "decoder.final"))
+
+
+def keeps_tie(dense: PreTrainedModel, widths: dict[str, int]) -> bool:
+    """Whether `lm_head` stays the embedding table: where it is that in the dense model and the stream is not cut.
+
+    The last norm's weight then stays in the norm instead of the head. Below the dense width no choice of basis keeps
+    the tie: the head reads `table @ diag(gamma) B`, which is the embeddings' `table @ B` for no diagonal norm.
+    """
+    head = getattr(dense, "lm_head", None)
+    tied = head is not None and head.weight is dense.get_input_embeddings().weight
+    return tied and keeps_coordinates(dense, widths)
 
 
 def assemble(dense: PreTrainedModel, bases: dict[str, Basis], made: T5Refit) -> Tensors:
@@ -58,16 +78,30 @@ def assemble(dense: PreTrainedModel, bases: dict[str, Basis], made: T5Refit) -> 
     prefix = "transformer." if hasattr(dense, "transformer") else ""
     for stack, lift in made.lifts.items():
         tensors[f"{prefix}{stack}.lift_map.weight"] = lift
-    return {**tensors, **project_heads(dense, _source(dense), list(made.lifts.values())[-1])}
+    last = list(made.lifts)[-1]
+    tensors |= project_heads(dense, DenseWeights(dense), made.lifts[last])
+    if keeps_tie(dense, {name: basis.size for name, basis in bases.items()}):
+        tensors |= _tied_end(dense, made.scales[last])
+    return tensors
 
 
-def _source(dense: PreTrainedModel) -> Tensors:
-    return {name: value.detach().to("cpu", torch.float64) for name, value in dense.state_dict().items()}
+def _tied_end(dense: PreTrainedModel, scale: torch.Tensor) -> Tensors:
+    """The decoder's last norm with its own weight times `scale` (D,), and a head that is the embedding table.
+
+    Hidden states are then the dense model's: nothing is left to lift.
+    """
+    source = DenseWeights(dense)
+    gamma = source["decoder.final_layer_norm.weight"]
+    return {
+        "decoder.final_layer_norm.weight": gamma * scale,
+        "decoder.lift_map.weight": torch.eye(len(gamma), dtype=torch.float64),
+        LM_HEAD: source[TABLE],
+    }
 
 
 def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
     """State dict of the compressed model; all sites of a stack hold the same decoder and encoder, with own gains."""
-    source = _source(dense)
+    source = DenseWeights(dense)
     prefix = "transformer." if hasattr(dense, "transformer") else ""
     result: Tensors = {}
     size = dense.config.d_model
@@ -77,15 +111,17 @@ def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
         return torch.full((basis.size,), scale, dtype=torch.float64)
 
     stacks = [stack for stack in ("encoder", "decoder") if f"{stack}.final" in bases]
-    table = source[f"{prefix}shared.weight"]
-    result[f"{prefix}shared.weight"] = table @ bases["encoder.final"].encoder
+    table = f"{prefix}shared.weight"
+    result[table] = source.table(table, bases["encoder.final"].encoder)
     # the encoder's last norm is read by the cross-attention of every decoder layer
     memory_gamma = source[f"{prefix}encoder.final_layer_norm.weight"]
     memory_reader = memory_gamma[:, None] * bases["encoder.final"].decoder
 
     for stack in stacks:
         top = f"{prefix}{stack}"
-        result[f"{top}.embed_tokens.weight"] = table @ bases[f"{stack}.final"].encoder
+        own = bases[f"{stack}.final"].encoder
+        shared = own is bases["encoder.final"].encoder
+        result[f"{top}.embed_tokens.weight"] = result[table] if shared else source.table(table, own)
         layers = sum(name.startswith(f"{stack}.") and name.endswith(".ffn") for name in bases)
         parts = ("attention", "ffn") if stack == "encoder" else ("attention", "cross", "ffn")
         for i in range(layers):
@@ -113,10 +149,13 @@ def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
         result[f"{top}.lift_map.bias"] = torch.zeros(size, dtype=torch.float64)
 
     reader = result[f"{prefix}{stacks[-1]}.lift_map.weight"]
-    return {**result, **project_heads(dense, source, reader)}
+    result |= project_heads(dense, source, reader)
+    if keeps_tie(dense, {name: basis.size for name, basis in bases.items()}):
+        result |= _tied_end(dense, torch.ones(size, dtype=torch.float64))
+    return result
 
 
-def project_heads(dense: PreTrainedModel, source: Tensors, reader: torch.Tensor) -> Tensors:
+def project_heads(dense: PreTrainedModel, source: DenseWeights, reader: torch.Tensor) -> Tensors:
     """What reads the last hidden states; reader (D, k): dense hidden state ~ reader @ z."""
     result: Tensors = {}
     for name in ("lm_head", "qa_outputs", "classifier", "classification_head.dense"):
@@ -127,6 +166,6 @@ def project_heads(dense: PreTrainedModel, source: Tensors, reader: torch.Tensor)
     for kind in ("weight", "bias"):
         if f"classification_head.out_proj.{kind}" in source:
             result[f"classification_head.out_proj.{kind}"] = source[f"classification_head.out_proj.{kind}"]
-    if "lm_head.weight" in result and getattr(dense.config, "scale_decoder_outputs", False):
-        result["lm_head.weight"] *= dense.config.d_model**-0.5
+    if LM_HEAD in result and getattr(dense.config, "scale_decoder_outputs", False):
+        result[LM_HEAD] *= dense.config.d_model**-0.5
     return result

@@ -7,6 +7,7 @@
 import os
 import random
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,20 @@ GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnl
 SQUAD_SETS = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
 SAMPLE = "squad-sample"
 MIX = "squad-mix"
+TEXTS = "squad-texts"
 _PARAGRAPHS, _SENTENCES, _QUESTIONS = 150, 1000, 850
+_TEXT_COLUMNS = (
+    "sentence1",
+    "sentence2",
+    "question1",
+    "question2",
+    "premise",
+    "hypothesis",
+    "question",
+    "context",
+    "sentence",
+    "text",
+)
 _READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 
 
@@ -25,9 +39,12 @@ def load_data(name: str, split: str = "train") -> Any:
     """A `datasets.Dataset`, or a list of strings for the packaged sample.
 
     Args:
-        name: `"squad-sample"` (carried in the package), `"squad-mix"` (short, varied texts out of SQuAD), a GLUE task
-            (`"sst2"`), `"squad"`, `"squad_v2"`, a file (.parquet, .json, .jsonl, .csv, .txt), a folder of such files,
-            or any dataset name of the Hub (`"owner/name"` or `"owner/name:config"`).
+        name: `"squad-sample"` (carried in the package), `"squad-mix"` (short, varied texts out of SQuAD, to calibrate
+            on), `"squad-texts"` (all its paragraphs, sentences and questions, to train on), a GLUE task (`"sst2"`),
+            `"squad"`, `"squad_v2"`, a file (.parquet, .json, .jsonl, .csv, .txt), a folder of such files, or any
+            dataset name of the Hub (`"owner/name"` or `"owner/name:config"`). Names joined with `+` give single texts
+            of all of them in turn, so that any number of leading ones has an equal share of each (a name that stands
+            twice has two shares).
         split: which split; for files and folders of files only "train" exists unless a file is called so.
 
     Raises:
@@ -37,7 +54,11 @@ def load_data(name: str, split: str = "train") -> Any:
         return load_squad_sample().calibration
     if name == MIX:
         return mixed_texts(load_data("squad", split))
+    if name == TEXTS:
+        return all_texts(load_data("squad", split))
     path = Path(name)
+    if "+" in name and not path.exists():
+        return interleaved(name.split("+"), split)
     if path.is_file():
         return _read(path)
     if path.is_dir():
@@ -48,7 +69,7 @@ def load_data(name: str, split: str = "train") -> Any:
         return _from_folder(Path(local) / (f"glue/{name}" if name in GLUE_TASKS else name), split)
     if not known and "/" not in name:
         raise TCSPError(
-            f"There is no data {name!r}: name a file, a folder, {SAMPLE!r}, {MIX!r}, one of "
+            f"There is no data {name!r}: name a file, a folder, {SAMPLE!r}, {MIX!r}, {TEXTS!r}, one of "
             f"{', '.join([*GLUE_TASKS, *SQUAD_SETS])}, or a dataset of the Hub as owner/name."
         )
     from datasets import load_dataset
@@ -85,13 +106,59 @@ def mixed_texts(data: Any, seed: int = 0) -> list[str]:
         if len(paragraphs) < _PARAGRAPHS:
             paragraphs.append(row["context"])
         elif len(sentences) < _SENTENCES:
-            parts = [part for part in re.split(r"(?<=[.!?])\s+", row["context"]) if 20 < len(part) < 300]
+            parts = _sentences(row["context"])
             sentences += [draw.choice(parts)] if parts else []
         elif len(questions) < _QUESTIONS:
             questions.append(row["question"])
         else:
             break
     return paragraphs + sentences + questions
+
+
+def all_texts(data: Any, seed: int = 0) -> list[str]:
+    """Every paragraph, every sentence of it that is neither very short nor very long, and every question of SQuAD's
+    rows, each once, shuffled by the seed."""
+    paragraphs = dict.fromkeys(data["context"])
+    texts = dict.fromkeys(data["question"]) | paragraphs
+    for paragraph in paragraphs:
+        texts |= dict.fromkeys(_sentences(paragraph))
+    found = list(texts)
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def interleaved(names: Sequence[str], split: str, seed: int = 0) -> list[str]:
+    """Single texts of several sources in turn, until the shortest share ends; every source is shuffled by the seed.
+
+    Raises:
+        TCSPError: a source has no text column, or cannot be found (see `load_data`).
+    """
+    shares: dict[str, Iterator[str]] = {}
+    for name in dict.fromkeys(names):
+        texts = _single_texts(load_data(name, split), name)
+        random.Random(seed).shuffle(texts)
+        shares[name] = iter(texts)
+    found: list[str] = []
+    while True:
+        for name in names:
+            text = next(shares[name], None)
+            if text is None:
+                return list(dict.fromkeys(found))
+            found.append(text)
+
+
+def _single_texts(data: Any, name: str) -> list[str]:
+    """Every different text of a source: of all its known text columns, each alone."""
+    if isinstance(data, list):
+        return list(dict.fromkeys(data))
+    columns = [column for column in _TEXT_COLUMNS if column in data.column_names]
+    if not columns:
+        raise TCSPError(f"{name!r} has none of the text columns {', '.join(_TEXT_COLUMNS)}: it cannot be mixed in.")
+    return list(dict.fromkeys(text for column in columns for text in data[column]))
+
+
+def _sentences(paragraph: str) -> list[str]:
+    return [part for part in re.split(r"(?<=[.!?])\s+", paragraph) if 20 < len(part) < 300]
 
 
 def first_rows(data: Any, count: int | None) -> Any:

@@ -1,16 +1,20 @@
-"""Peak memory of a piece of work."""
+"""Peak memory of a piece of work, and what a compression needs at least."""
 
 import threading
 from types import TracebackType
+from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedModel
+
+from ..compression.streams import GROUP_TOKENS
 
 _INTERVAL = 0.01
 
 
 class PeakMemory:
-    """Context: the most memory in use while it is open, in bytes, as `peak`.
+    """Context: the most memory in use while it is open, in bytes, as `peak`; `start` was in use before.
 
     On a CUDA device what torch allocated there; elsewhere the resident memory of this process, read a hundred times a
     second (the high-water mark of the operating system would remember earlier work).
@@ -21,6 +25,7 @@ class PeakMemory:
         self._stop = threading.Event()
         self._process = psutil.Process()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.start = 0
         self.peak = 0
 
     def _watch(self) -> None:
@@ -33,8 +38,10 @@ class PeakMemory:
     def __enter__(self) -> "PeakMemory":
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+            self.start = torch.cuda.memory_allocated(self._device)
         else:
             self._read()
+            self.start = self.peak
             self._thread.start()
         return self
 
@@ -47,3 +54,17 @@ class PeakMemory:
             self._stop.set()
             self._thread.join()
             self._read()
+
+
+def compression_memory(dense: PreTrainedModel) -> int:
+    """Bytes of a result as large as the dense model, one block's normal equations, and one batch of its rows.
+
+    The yardstick for what search and refit take beside the loaded model. Solving the equations takes a few copies of
+    them more, and the allocator keeps pages that were given back.
+    """
+    config: Any = dense.config
+    bert = config.model_type == "bert"
+    inputs = config.intermediate_size + config.hidden_size + 1 if bert else config.d_ff
+    equations = 2 * inputs * (inputs + config.hidden_size) * 8
+    batch = GROUP_TOKENS * (inputs + config.hidden_size) * 4
+    return sum(p.numel() * p.element_size() for p in dense.parameters()) + equations + batch

@@ -22,7 +22,7 @@ from ..files import check_output_folder, write_whole
 from .comparison import Comparison
 from .flops import count_flops
 from .latency import compare_latency
-from .memory import PeakMemory
+from .memory import PeakMemory, compression_memory
 
 OURS = "ours"
 MOST_PASSES = 12.0
@@ -297,6 +297,8 @@ def _row(comparison: Comparison, plan: Plan, folder: QualityFolder, search: Sear
         "seconds": seconds,
         "forward_passes": passes,
         "peak_memory": memory.peak,
+        "added_memory": memory.peak - memory.start,
+        "memory_yardstick": compression_memory(dense),
     }
 
 

@@ -60,6 +60,13 @@ def notes(dense: Row, rows: Sequence[Row], latency: tuple[int, int], short: Sequ
             f"Search and refit took the time of {min(passes):.1f} to {max(passes):.1f} plain forward passes of the "
             "dense model over the calibration sample."
         )
+    added = [row["added_memory"] for row in rows if row["method"] == "ours" and row.get("added_memory") is not None]
+    if added:
+        yardstick = max(row["memory_yardstick"] for row in rows if row.get("memory_yardstick") is not None)
+        found.append(
+            f"Search and refit added at most {max(added) / 1e6:.0f} MB to the process; a result of the dense size, one "
+            f"block's normal equations and one batch are {yardstick / 1e6:.0f} MB."
+        )
     found += [f"{row['title']} at {row['asked']:.0%}: {row['error']}" for row in rows if "error" in row]
     return found + [f"Short: {line}." for line in short]
 

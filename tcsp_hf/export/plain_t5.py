@@ -3,7 +3,7 @@
 A T5 whose encoder and decoder share one basis and whose layers are all of one size has the module names and shapes of
 a stock T5 with `d_model = k` (see `modeling_tcsp_t5`): its norms' weights `sqrt(c² D / k)` are in the checkpoint
 already, epsilon becomes `eps D / k`, and `lm_head` holds the final norm's weight and `D ** -0.5`, so that it is neither
-tied nor scaled.
+tied nor scaled. Where the stream was not cut, a head that was tied still is.
 """
 
 import copy
@@ -62,7 +62,7 @@ def to_plain_t5(model: PreTrainedModel) -> PreTrainedModel:
     tensors = {name: value for name, value in model.state_dict().items() if ".lift_map." not in f".{name}"}
     for stack in stacks:
         _keep_heads(tensors, config, stack)
-    if hasattr(plain, "lm_head"):
+    if hasattr(plain, "lm_head") and not _stays_tied(config, stock_config):
         _untie_head(plain)
         if config.scale_decoder_outputs:
             tensors["lm_head.weight"] = tensors["lm_head.weight"] * sizes["d_model"] ** -0.5
@@ -123,15 +123,26 @@ def _only(what: str, values: dict[str, Any], reason: str, default: Any = None) -
 
 
 def _stock_config(config: TCSPT5Config, prefix: str, sizes: dict[str, int]) -> Any:
-    """The configuration of the stock class. Its `lm_head` is a table of its own and its outputs are not scaled."""
+    """The configuration of the stock class. Its outputs are scaled only where `lm_head` stays tied."""
     stock_class = getattr(transformers, f"{prefix}Config")
     own = type(config).__dataclass_fields__.keys() - stock_class.__dataclass_fields__.keys()
     own -= {"decoder_start_token_id"}  # T5Config has no such field, but takes it
     values = {name: value for name, value in config.to_dict().items() if name not in own | set(_NOT_COPIED)}
-    values |= sizes | {"layer_norm_epsilon": config.norm_epsilon_of("encoder"), "tie_word_embeddings": False}
+    values |= sizes | {"layer_norm_epsilon": config.norm_epsilon_of("encoder"), "tie_word_embeddings": _tied(config)}
     stock = stock_class(**values)
     stock._attn_implementation = config._attn_implementation
     return stock
+
+
+def _tied(config: TCSPT5Config) -> bool:
+    """As in a stock T5 v1.0: the head is the embedding table, and outputs are scaled."""
+    return bool(config.tie_lm_head and config.scale_decoder_outputs)
+
+
+def _stays_tied(config: TCSPT5Config, stock: Any) -> bool:
+    """Whether the stock class takes such a head as it is: a tied T5 scales its outputs, an mT5 never does."""
+    scales = hasattr(stock, "scale_decoder_outputs")
+    return bool(config.tie_lm_head) and scales == bool(config.scale_decoder_outputs)
 
 
 def _untie_head(plain: Any) -> None:

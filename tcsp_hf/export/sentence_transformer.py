@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import family_of
 from ..errors import TCSPError
+from ..loading import resolve_name
 
 _AFFINE = ("cls", "mean", "weightedmean", "lasttoken")
 """Poolings that commute with the lift; not so a maximum, nor a sum divided by the root of the length."""
@@ -44,10 +45,11 @@ def load_source(name: str | os.PathLike[str]) -> Any | None:
     library = require_sentence_transformers()
     from transformers.utils import cached_file
 
-    found = cached_file(str(name), "modules.json", _raise_exceptions_for_missing_entries=False)
+    path = resolve_name(str(name))
+    found = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
     if found is None:
         return None
-    source = library.SentenceTransformer(str(name), device="cpu")
+    source = library.SentenceTransformer(path, device="cpu")
     _check_modules(source)
     return source
 

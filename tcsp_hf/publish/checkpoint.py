@@ -18,6 +18,7 @@ from ..configuration_tcsp_bert import TCSPBertConfig
 from ..errors import TCSPError
 
 _SAVE_AGAIN = "save it again with model.save_pretrained(folder)"
+_LONGEST_NAME = 128
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 
@@ -104,8 +105,10 @@ def _check_code(path: Path, config: Any, model_class: Any) -> None:
         if name in seen:
             continue
         seen.add(name)
-        if not name.isidentifier():
-            raise TCSPError(f"{path / 'config.json'} names {name!r} in auto_map, which is no module: {_SAVE_AGAIN}.")
+        if not name.isidentifier() or len(name) > _LONGEST_NAME:
+            raise TCSPError(
+                f"{path / 'config.json'} names {name[:80]!r} in auto_map, which is no module: {_SAVE_AGAIN}."
+            )
         file = path / f"{name}.py"
         if not file.is_file():
             raise TCSPError(f"{path} lacks {file.name}, which trust_remote_code=True needs: {_SAVE_AGAIN}.")
@@ -125,11 +128,12 @@ def weight_files(path: Path) -> list[str]:
         raise TCSPError(f"{path} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: {_SAVE_AGAIN}.")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TCSPError(f"{index} is damaged ({error}): {_SAVE_AGAIN}.") from error
     for name in names:
-        if Path(str(name)).name != name or not (path / name).is_file():
-            raise TCSPError(f"{index} names the shard {name!r}, which is not in the folder: {_SAVE_AGAIN}.")
+        plain = isinstance(name, str) and Path(name).name == name and len(name) <= _LONGEST_NAME and name.isprintable()
+        if not plain or not (path / name).is_file():
+            raise TCSPError(f"{index} names the shard {str(name)[:80]!r}, which is not in the folder: {_SAVE_AGAIN}.")
     return [*names, SAFE_WEIGHTS_INDEX_NAME]
 
 

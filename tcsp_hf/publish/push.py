@@ -130,15 +130,25 @@ def push(
             api.create_repo(full_name, private=private, exist_ok=True)
             if revision is not None and not revision.startswith("refs/pr"):
                 api.create_branch(full_name, branch=revision, exist_ok=True)
-        commit = api.create_commit(
-            full_name,
-            [*additions, *_deletions(remote, plan, overwrite)],
-            commit_message=commit_message or f"Upload {checkpoint.class_name}",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=parent,  # refused by the Hub if someone else pushed since we looked
-        )
+        before = parent or _look(api, full_name, revision)[0]
+        try:
+            commit = api.create_commit(
+                full_name,
+                [*additions, *_deletions(remote, plan, overwrite)],
+                commit_message=commit_message or f"Upload {checkpoint.class_name}",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=parent,  # refused by the Hub if someone else pushed since we looked
+            )
+        except Exception as error:
+            answered = isinstance(error, HfHubHTTPError) and error.response is not None
+            if answered or (not create_pr and _is_unchanged(api, full_name, revision, before)):
+                raise
+            raise TCSPError(
+                f"The push to {full_name} failed, and it is not certain that nothing was committed: the connection may "
+                "have been lost after the Hub took the commit. Push again: what is there already is not sent again."
+            ) from None
     return Pushed(commit.pr_url or commit.commit_url, full_name, commit.oid, plan)
 
 
@@ -239,6 +249,14 @@ def _look(api: HfApi, repo_id: str, revision: str | None) -> tuple[str | None, l
     except RepositoryNotFoundError:
         return None, []
     return info.sha, [sibling.rfilename for sibling in info.siblings or []]
+
+
+def _is_unchanged(api: HfApi, repo_id: str, revision: str | None, before: str | None) -> bool:
+    """Whether the branch still ends with the commit `before`; False where the Hub cannot be asked."""
+    try:
+        return _look(api, repo_id, revision)[0] == before
+    except Exception:  # whatever it is, it is the first error that counts
+        return False
 
 
 def _refuse_foreign(api: HfApi, repo_id: str, revision: str | None, checkpoint: Checkpoint, remote: list[str]) -> None:

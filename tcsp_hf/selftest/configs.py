@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
+from .. import modeling_tcsp_bert, modeling_tcsp_t5
 from ..configuration_tcsp import TCSPConfig
 from ..configuration_tcsp_bert import TCSPBertConfig
 from ..configuration_tcsp_t5 import TCSPT5Config
 from ..errors import TCSPError
-from ..modeling_tcsp_bert import TCSPBertForPreTraining
-from ..modeling_tcsp_t5 import TCSPT5ForConditionalGeneration
 from .tally import Tally
 
-_CLASSES: dict[str, tuple[type[TCSPConfig], Any]] = {
-    "tcsp_bert": (TCSPBertConfig, TCSPBertForPreTraining),
-    "tcsp_t5": (TCSPT5Config, TCSPT5ForConditionalGeneration),
+_CONFIGS: dict[str, type[TCSPConfig]] = {"tcsp_bert": TCSPBertConfig, "tcsp_t5": TCSPT5Config}
+_MODELS: dict[str, Any] = {
+    kind: [getattr(module, name) for name in module.__all__ if not name.endswith("PreTrainedModel")]
+    for kind, module in (("tcsp_bert", modeling_tcsp_bert), ("tcsp_t5", modeling_tcsp_t5))
 }
 _POOL = 500
 _BUILD_EVERY = 20
@@ -47,7 +47,7 @@ def make_valid(kind: str, draw: random.Random) -> dict[str, Any]:
     """Fields of a valid tiny configuration of uneven sizes, with a projection half of the time."""
     fields = _valid_bert(draw) if kind == "tcsp_bert" else _valid_t5(draw)
     if draw.random() < 0.5:
-        config = _CLASSES[kind][0](**fields)
+        config = _CONFIGS[kind](**fields)
         fields["projection"] = _projection(config, draw)
     return {"model_type": kind, **fields}
 
@@ -148,12 +148,12 @@ def alter(fields: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     return fields
 
 
-def try_one(fields: dict[str, Any], build: bool, folder: Path | None) -> tuple[bool, str | None]:
+def try_one(fields: dict[str, Any], build: Any, folder: Path | None) -> tuple[bool, str | None]:
     """Whether a configuration was accepted, and what was wrong with how it was accepted or refused.
 
     Args:
         fields: of a `config.json`.
-        build: run the model too, if it is tiny.
+        build: a class of models to build and run too, if it is tiny; None does not.
         folder: write `config.json` there and read it, instead of the dictionary itself.
     """
     try:
@@ -167,10 +167,10 @@ def try_one(fields: dict[str, Any], build: bool, folder: Path | None) -> tuple[b
     except Exception as error:
         return False, f"{type(error).__name__}: {error}"
     try:
-        if build:
+        if build is not None:
             json.loads(config.to_json_string(use_diff=False))
             if _estimate(config) <= _SMALL:
-                _run(config)
+                _run(build, config)
     except ValueError as error:
         return False, _unnamed(str(error), fields)  # what models check, the configuration leaves
     except Exception as error:
@@ -182,6 +182,8 @@ def _unnamed(message: str, fields: dict[str, Any]) -> str | None:
     """The message, if it names no field."""
     words = set(re.findall(r"\w+", message))
     known = {*fields, *_EXTRA} - {""}
+    for config in _CONFIGS.values():
+        known |= config.__dataclass_fields__.keys()  # a field left out has its default, which may be what is wrong
     return None if words & known else f"the error names no field: {message}"
 
 
@@ -196,19 +198,30 @@ def _estimate(config: Any) -> int:
     return max([*sizes, *(size for value in lists for size in value if isinstance(size, int))])
 
 
-def _run(config: Any) -> None:
-    """Build the model and run it on two sequences.
+def _run(model_class: Any, config: Any) -> None:
+    """Build the model, run it on two sequences, and let it write where it can.
 
     Raises:
         TCSPError: an output that is not finite.
         Exception: whatever building and running raises.
     """
-    model = _CLASSES[config.model_type][1](config).eval()
+    name = model_class.__name__
+    if name.endswith("ForQuestionAnswering"):
+        config.num_labels = 2  # as the head needs it; the others take any number
+    model = model_class(config).eval()
     longest = min(4, getattr(config, "max_position_embeddings", 4))
     ids = torch.arange(2 * longest).reshape(2, longest) % config.vocab_size
-    more = {"decoder_input_ids": ids[:, :2]} if config.model_type == "tcsp_t5" else {}
+    decodes = name in ("TCSPT5Model", "TCSPT5ForConditionalGeneration")
+    more: dict[str, Any] = {"decoder_input_ids": ids[:, :2]} if decodes else {}
+    if name.endswith("T5ForSequenceClassification"):
+        ids[:, -1] = config.eos_token_id
+        ids[:, :-1][ids[:, :-1] == config.eos_token_id] = (config.eos_token_id + 1) % config.vocab_size
+    if name.endswith("MultipleChoice"):
+        ids = torch.stack([ids, ids], dim=1)
     with torch.no_grad():
         found = model(input_ids=ids, **more)[0]
+        if name.endswith("ForConditionalGeneration"):
+            model.generate(ids, max_new_tokens=2)
     if not torch.isfinite(found).all():
         raise TCSPError("the outputs of a fresh model are not finite")
 
@@ -221,16 +234,18 @@ def config_rounds(rounds: int, seed: int) -> Iterator[Tally]:
     with TemporaryDirectory(prefix="tcsp-selftest-") as name:
         for i in range(rounds):
             own = random.Random(draw.getrandbits(64))
-            kind = own.choice(sorted(_CLASSES))
+            kind = own.choice(sorted(_CONFIGS))
             if len(pool) < _POOL:
                 pool.append(make_valid(kind, own))
             fields = own.choice(pool)
+            kind = fields["model_type"]
             valid = own.random() < 0.1
             fields = fields if valid else alter(fields, own)
-            build, read = i % _BUILD_EVERY == 0, i % _READ_EVERY == 1
+            build = own.choice(_MODELS[kind]) if i % _BUILD_EVERY == 0 else None
+            read = i % _READ_EVERY == 1
             accepted, wrong = try_one(fields, build, Path(name) if read else None)
             tally.facts["read from a file"] += read
-            tally.facts["built and run"] += build and accepted
+            tally.facts["built and run"] += build is not None and accepted
             if valid and not accepted and wrong is None:
                 wrong = "a valid configuration was refused"
             if wrong is not None:

@@ -97,6 +97,4 @@ def run_training(trainer: Any, resume: bool = False) -> tuple[Any, TrainingResul
     last = last_complete(str(trainer.args.output_dir)) if resume else None
     result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
     trainer.model.eval()
-    rows = len(trainer.train_dataset)
-    took = TrainingResult(time.perf_counter() - started, result.global_step, rows, result.training_loss)
-    return trainer.model, took
+    return trainer.model, TrainingResult.of(result, time.perf_counter() - started, len(trainer.train_dataset))

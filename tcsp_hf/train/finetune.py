@@ -77,12 +77,25 @@ def choose_rows(data: Any, count: int | None, seed: int) -> Any:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training took."""
+    """What a training took.
+
+    Attributes:
+        seconds: in all, calibration and compression included where they were part of it.
+        training_seconds: of the steps alone.
+        steps, rows: how many.
+        loss: mean over the steps.
+    """
 
     seconds: float
+    training_seconds: float
     steps: int
     rows: int
     loss: float
+
+    @classmethod
+    def of(cls, found: Any, seconds: float, rows: int) -> "TrainingResult":
+        """From what transformers' `train()` returned."""
+        return cls(seconds, float(found.metrics["train_runtime"]), found.global_step, rows, found.training_loss)
 
 
 def finetune(
@@ -107,7 +120,7 @@ def finetune(
     started = time.perf_counter()
     result = trainer.train()
     model.eval()
-    return TrainingResult(time.perf_counter() - started, result.global_step, len(features), result.training_loss)
+    return TrainingResult.of(result, time.perf_counter() - started, len(features))
 
 
 def quieten(trainer: Trainer) -> None:

@@ -13,13 +13,7 @@ from transformers import (
 )
 
 from ..errors import TCSPError
-from ..loading import DEMO_MODEL, demo_model_path
 from ..tasks.table import CLASSIFICATION, SPANS, TEXT, Task
-
-
-def resolve_name(name: str) -> str:
-    """`"all-MiniLM-L6-v2"` means the copy that the `[demo]` extra carries, or the Hub's; other names stay."""
-    return demo_model_path() if name == DEMO_MODEL.split("/")[-1] else name
 
 
 def default_form(config: Any, task: Task) -> str:

@@ -6,25 +6,27 @@ are made once and shared by the rows that need the same.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import time
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..calibration import Calibration
 from ..compression import removed_fraction
 from ..compression.plan import AXES
 from ..errors import TCSPError
 from ..files import new_folder, write_whole
-from ..loading import load_model, load_tokenizer
+from ..loading import load_model, load_tokenizer, resolve_name
 from ..tasks import Task, find_task, score
 from .distil import run_training, task_trainer
 from .finetune import Schedule, choose_rows, finetune
-from .models import load_for_task, resolve_name
+from .models import load_for_task
 
 MODES = ("retraining-free", "fine-tuned", "distilled")
 _LABELS = {"model", "task", "remove", "mode"}
@@ -137,26 +139,42 @@ def read_rows(source: Path) -> list[Row]:
     return [Row.read(path) for path in paths]
 
 
-def write_grid(folder: Path, models: Iterable[str], tasks: Iterable[str], removes: Iterable[float]) -> list[Path]:
-    """A configuration file for every model, task, fraction and mode; existing files stay as they are."""
+def write_grid(
+    folder: Path,
+    models: Iterable[str],
+    tasks: Iterable[str],
+    removes: Iterable[float],
+    modes: Iterable[str] = MODES,
+    seeds: Iterable[int] = (0,),
+    settings: Iterable[str] = (),
+) -> list[Path]:
+    """A configuration file for every model, task, fraction, mode and seed; existing files stay as they are.
+
+    Args:
+        settings: further fields for all of them, each as TOML (`"dense_epochs = 5"`).
+
+    Raises:
+        TCSPError: an unknown task or mode.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for model in models:
-        for task in tasks:
-            find_task(task)
-            for remove in removes:
-                for mode in MODES:
-                    short = model.rstrip("/").split("/")[-1]
-                    path = folder / f"{short}-{task}-{round(100 * remove)}-{mode}.toml"
-                    lines = [
-                        f"model = {json.dumps(model)}",
-                        f'task = "{task}"',
-                        f"remove = {remove}",
-                        f'mode = "{mode}"',
-                    ]
-                    if not path.exists():
-                        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-                        written.append(path)
+    for model, task, remove, mode, seed in itertools.product(models, tasks, removes, modes, seeds):
+        find_task(task)
+        if mode not in MODES:
+            raise TCSPError(f"The mode {mode!r} is unknown; allowed: {', '.join(MODES)}.")
+        short = model.rstrip("/").split("/")[-1]
+        path = folder / f"{short}-{task}-{round(100 * remove)}-{mode}{f'-seed{seed}' if seed else ''}.toml"
+        lines = [
+            f"model = {json.dumps(model)}",
+            f'task = "{task}"',
+            f"remove = {remove}",
+            f'mode = "{mode}"',
+            f"seed = {seed}",
+            *settings,
+        ]
+        if not path.exists():
+            write_whole(path, "\n".join(lines) + "\n")
+            written.append(path)
     return written
 
 
@@ -178,7 +196,7 @@ def run_row(row: Row, results: Path, quiet: bool = True, progress: bool | None =
     data = choose_rows(task.load(row.train_split), row.train_samples, row.seed)
     held_out = task.load(row.eval_split)
     held_out = held_out.select(range(min(row.eval_samples or len(held_out), len(held_out))))
-    folder, dense_scores = _dense(row, task, data, held_out, results, quiet, progress)
+    folder, dense_record = _dense(row, task, data, held_out, results, quiet, progress)
     dense, tokenizer = load_model(folder), load_tokenizer(folder)
     stats_folder = results / "statistics" / row.stats_key
     work = results / "work" / row.name
@@ -210,12 +228,16 @@ def run_row(row: Row, results: Path, quiet: bool = True, progress: bool | None =
     result = {
         "row": row.fields(),
         "removed": removed_fraction(dense, small),
-        "dense": dense_scores,
+        "dense": dense_record["scores"],
+        "dense_seconds": dense_record["seconds"],
+        "dense_steps": dense_record["steps"],
         "scores": score(small, tokenizer, task, held_out, max_length=row.max_length, progress=progress),
         "headline": task.headline,
         "eval_rows": len(held_out),
         "seconds": round(seconds, 1),
+        "training_seconds": None if took is None else round(took.training_seconds, 3),
         "steps": 0 if took is None else took.steps,
+        "threads": torch.get_num_threads(),
     }
     write_whole(path, json.dumps(result, indent=2) + "\n")
     return result
@@ -223,82 +245,26 @@ def run_row(row: Row, results: Path, quiet: bool = True, progress: bool | None =
 
 def _dense(
     row: Row, task: Task, data: Any, held_out: Any, results: Path, quiet: bool, progress: bool | None
-) -> tuple[str, dict[str, float]]:
-    """The dense fine-tuned model's folder (or name) and its scores; both are kept for other rows."""
+) -> tuple[str, dict[str, Any]]:
+    """The dense fine-tuned model's folder (or name), its scores and what it took; kept for other rows."""
     kept = results / "dense" / row.dense_key
     if not kept.is_dir():
         with new_folder(kept) as staging:
             name = resolve_name(row.model)
             tokenizer = load_tokenizer(name)
+            took = None
             if row.ready:
                 model = load_model(name)
             else:
                 model, _ = load_for_task(name, task, row.form, row.seed)
-                finetune(model, tokenizer, task, data, row.schedule(dense=True), staging / "trainer", quiet)
+                took = finetune(model, tokenizer, task, data, row.schedule(dense=True), staging / "trainer", quiet)
                 model.save_pretrained(staging)
                 tokenizer.save_pretrained(staging)
-            scores = score(model, tokenizer, task, held_out, max_length=row.max_length, progress=progress)
-            (staging / "scores.json").write_text(json.dumps(scores) + "\n", encoding="utf-8")
-    scores = json.loads((kept / "scores.json").read_text(encoding="utf-8"))
-    return (resolve_name(row.model) if row.ready else str(kept)), scores
-
-
-def references() -> dict[str, Any]:
-    """Published figures of other work, with their sources."""
-    return json.loads(files("tcsp_hf.data").joinpath("references.json").read_text(encoding="utf-8"))
-
-
-def report(results: list[dict[str, Any]], folder: Path) -> Path:
-    """Write `results.json` and `README.md`: our rows, and the published figures below them, marked as theirs."""
-    write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    lines = [
-        "| model | task | metric | removed | mode | dense | compressed | change | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        row, name = result["row"], result["headline"]
-        percent = 1.0 if find_task(row["task"]).is_qa else 100.0
-        before, after = percent * result["dense"][name], percent * result["scores"][name]
-        lines.append(
-            f"| {row['model']} | {row['task']} | {name} | {result['removed']:.1%} | {row['mode']} | {before:.2f} | "
-            f"{after:.2f} | {after - before:+.2f} | {result['seconds']:.0f} |"
-        )
-    published = references()
-    lines += [
-        "",
-        published["note"],
-        "",
-        "| published | model | task | removed | result | source |",
-        "|---|---|---|---|---|---|",
-    ]
-    for entry in published["rows"]:
-        removed = f"{entry['removed']:.1%}" if "removed" in entry else "-"
-        lines.append(
-            f"| {entry['method']} | {entry['model']} | {entry['task']} | {removed} | {entry['result']} | "
-            f"{entry['source']} |"
-        )
-    write_whole(folder / "README.md", "\n".join(lines) + "\n")
-    return folder / "README.md"
-
-
-def picture(results: list[dict[str, Any]], path: Path) -> None:
-    """Score kept against fraction removed, a line for every model, task and mode; needs matplotlib."""
-    from ..plots import require_matplotlib
-
-    pyplot = require_matplotlib()
-    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    lines: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
-    for result in results:
-        row, name = result["row"], result["headline"]
-        if result["dense"][name]:
-            point = (100 * result["removed"], 100 * result["scores"][name] / result["dense"][name])
-            lines.setdefault((row["model"].rstrip("/").split("/")[-1], row["task"], row["mode"]), []).append(point)
-    for label, points in lines.items():
-        axis.plot(*zip(*sorted(points), strict=True), "o-", label=", ".join(label))
-    axis.axhline(100, color="black", linewidth=1)
-    axis.set_xlabel("removed, in % of the non-embedding parameters")
-    axis.set_ylabel("score, in % of the dense model's")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+            record = {
+                "scores": score(model, tokenizer, task, held_out, max_length=row.max_length, progress=progress),
+                "seconds": None if took is None else round(took.training_seconds, 3),
+                "steps": None if took is None else took.steps,
+            }
+            (staging / "record.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    record = json.loads((kept / "record.json").read_text(encoding="utf-8"))
+    return (resolve_name(row.model) if row.ready else str(kept)), record

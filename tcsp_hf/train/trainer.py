@@ -198,7 +198,8 @@ class _CompressingTrainer(Trainer):
             )
             return small.cpu() if rank_and_size()[1] > 1 else small
 
-        small = on_first_rank(make)
+        small: Any = on_first_rank(make)
+        small.doubt = None  # training starts from it, however far it is from the dense model
         if self.place_model_on_device:
             self._move_model_to_device(small, self.args.device)
         self._record = Record(budget, fingerprint)

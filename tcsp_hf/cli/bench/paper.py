@@ -1,12 +1,14 @@
 """`tcsp bench paper`."""
 
+import tomllib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ...errors import TCSPError
-from ...train.paper import picture, read_rows, report, run_row, write_grid
+from ...train.paper import MODES, read_rows, run_row, write_grid
+from ...train.paper_report import groups_of, missed_bars, picture, report, summary
 from ..common import JsonOption, QuietOption, print_json, progress_of
 from ..finetune import bars_hidden
 
@@ -19,13 +21,22 @@ def paper_command(
     ] = None,
     tasks: Annotated[str, typer.Option(help="Of the files to write.")] = "mrpc,rte,cola,stsb,sst2,qnli,squad",
     remove: Annotated[str, typer.Option(help="Of the files to write.")] = "0.44,0.6,0.8,0.94",
+    modes: Annotated[str, typer.Option(help="Of the files to write.")] = ",".join(MODES),
+    seeds: Annotated[str, typer.Option(help="Of the files to write.")] = "0",
+    fields: Annotated[
+        list[str] | None, typer.Option("--set", help="A further field of the files to write, such as dense_epochs=5.")
+    ] = None,
     run: Annotated[bool, typer.Option(help="Run the rows; --no-run only writes their files.")] = True,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with status 1 where a distilled model loses more than its bar.")
+    ] = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """The paper's experiment: {models} x {tasks} x {removed} x {retraining-free, fine-tuned, distilled}.
+    """The paper's experiment: {models} x {tasks} x {removed} x {retraining-free, fine-tuned, distilled} x {seeds}.
 
-    A stopped run goes on where it was. Writes results.json, README.md and, with matplotlib, results.png.
+    The last weights are scored: nothing is selected on the evaluation split. A stopped run goes on where it was.
+    Writes results.json, README.md and, with matplotlib, results.png.
 
     Example: tcsp bench paper rows/ -o results/ --models google-bert/bert-base-uncased,google-t5/t5-base
     """
@@ -34,7 +45,18 @@ def paper_command(
             fractions = [float(part) for part in remove.split(",")]
         except ValueError as error:
             raise TCSPError(f"--remove is {remove!r}; it must be numbers with commas.") from error
-        write_grid(rows, models.split(","), tasks.split(","), fractions)
+        try:
+            drawn = [int(part) for part in seeds.split(",")]
+        except ValueError as error:
+            raise TCSPError(f"--seeds is {seeds!r}; it must be whole numbers with commas.") from error
+        for field in fields or []:
+            try:
+                tomllib.loads(field)
+            except tomllib.TOMLDecodeError as error:
+                raise TCSPError(
+                    f"--set is {field!r}; it must be name=value as TOML has it, such as lr=2e-4."
+                ) from error
+        write_grid(rows, models.split(","), tasks.split(","), fractions, modes.split(","), drawn, fields or [])
     chosen = read_rows(rows)
     if not run:
         typer.echo(f"{len(chosen)} rows in {rows}")
@@ -55,3 +77,8 @@ def paper_command(
         print_json(found)
     else:
         typer.echo(table.read_text(encoding="utf-8"))
+    missed = missed_bars(summary(groups_of(found)))
+    if check and missed:
+        for line in missed:
+            typer.echo(f"Short: {line}.", err=True)
+        raise typer.Exit(1)

@@ -14,9 +14,8 @@ from ...evaluation.retrieval import RANKS, Encoder, Search, compare_search
 from ...evaluation.scoring import Similarity
 from ...export.sentence_transformer import load_source
 from ...files import write_whole
-from ...loading import load_model, load_tokenizer
+from ...loading import load_model, load_tokenizer, resolve_name
 from ...publish.results import CardResults, Evaluation
-from ...train.models import resolve_name
 from ..common import JsonOption, QuietOption, print_json, print_table, progress_of
 from .common import SeedOption
 

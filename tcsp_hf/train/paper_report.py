@@ -1,0 +1,193 @@
+"""What the rows of the paper's experiment come to: means over seeds, drops against bars, a table and a picture."""
+
+import json
+import statistics
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..files import write_whole
+from ..tasks import find_task
+
+MEAN_DROP = {0.44: 0.0, 0.6: 0.0, 0.8: 0.8}
+"""Removed fraction -> the largest mean drop over the tasks after distillation, in points."""
+WORST_DROP = {0.44: 1.6, 0.6: 1.6, 0.8: 1.6}
+"""Removed fraction -> the largest drop of any task after distillation, in points."""
+LEAST_KEPT = {0.94: 0.96}
+"""Removed fraction -> the share of the dense score that is kept at least, on the mean over the tasks."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that differ in their seed alone.
+
+    Attributes:
+        model, task, remove, mode: as in `Row`.
+        metric: the task's headline.
+        removed: mean of what was really removed.
+        dense, scores: one for every seed, in points (hundredths; SQuAD's metrics are in points already).
+        seconds: mean of calibration, compression and training.
+    """
+
+    model: str
+    task: str
+    remove: float
+    mode: str
+    metric: str
+    removed: float
+    dense: tuple[float, ...]
+    scores: tuple[float, ...]
+    seconds: float
+
+    @property
+    def drop(self) -> float:
+        """Mean points lost."""
+        return statistics.mean(self.dense) - statistics.mean(self.scores)
+
+
+def groups_of(results: list[dict[str, Any]]) -> list[Group]:
+    """Results by model, task, fraction and mode."""
+    found: dict[tuple[str, str, float, str], list[dict[str, Any]]] = {}
+    for result in results:
+        row = result["row"]
+        found.setdefault((row["model"], row["task"], row["remove"], row["mode"]), []).append(result)
+    groups = []
+    for (model, task, remove, mode), members in sorted(found.items()):
+        percent = 1.0 if find_task(task).is_qa else 100.0
+        name = members[0]["headline"]
+        groups.append(
+            Group(
+                model,
+                task,
+                remove,
+                mode,
+                name,
+                statistics.mean(member["removed"] for member in members),
+                tuple(percent * member["dense"][name] for member in members),
+                tuple(percent * member["scores"][name] for member in members),
+                statistics.mean(member["seconds"] for member in members),
+            )
+        )
+    return groups
+
+
+def summary(groups: list[Group]) -> list[dict[str, Any]]:
+    """Over the tasks, for every model, fraction and mode: mean and worst drop in points, mean share kept."""
+    cells: dict[tuple[str, float, str], list[Group]] = {}
+    for group in groups:
+        cells.setdefault((group.model, group.remove, group.mode), []).append(group)
+    rows = []
+    for (model, remove, mode), members in cells.items():
+        worst = max(members, key=lambda group: group.drop)
+        kept = [statistics.mean(g.scores) / statistics.mean(g.dense) for g in members if statistics.mean(g.dense)]
+        rows.append(
+            {
+                "model": model,
+                "remove": remove,
+                "mode": mode,
+                "tasks": [group.task for group in members],
+                "mean_drop": statistics.mean(group.drop for group in members),
+                "worst_drop": worst.drop,
+                "worst_task": worst.task,
+                "kept": statistics.mean(kept) if kept else None,
+            }
+        )
+    return rows
+
+
+def missed_bars(rows: list[dict[str, Any]]) -> list[str]:
+    """Where a distilled model lost more than the bar, from `summary`."""
+    found = []
+    for row in (row for row in rows if row["mode"] == "distilled"):
+        asked, name = row["remove"], row["model"].rstrip("/").split("/")[-1]
+        mean, worst, kept = MEAN_DROP.get(asked), WORST_DROP.get(asked), LEAST_KEPT.get(asked)
+        if mean is not None and row["mean_drop"] > mean:
+            found.append(f"{name} at {asked:.0%} loses {row['mean_drop']:.2f} points on the mean; the bar is {mean}")
+        if worst is not None and row["worst_drop"] > worst:
+            found.append(
+                f"{name} at {asked:.0%} loses {row['worst_drop']:.2f} points on {row['worst_task']}; the bar is {worst}"
+            )
+        if kept is not None and row["kept"] is not None and row["kept"] < kept:
+            found.append(f"{name} at {asked:.0%} keeps {row['kept']:.1%} of the dense score; the bar is {kept:.0%}")
+    return found
+
+
+def references() -> dict[str, Any]:
+    """Published figures of other work, with their sources."""
+    return json.loads(files("tcsp_hf.data").joinpath("references.json").read_text(encoding="utf-8"))
+
+
+def report(results: list[dict[str, Any]], folder: Path) -> Path:
+    """Write `results.json` and `README.md`: our rows, and the published figures below them, marked as theirs."""
+    write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    groups = groups_of(results)
+    lines = [
+        "| model | task | metric | removed | mode | seeds | dense | compressed | change | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for group in groups:
+        name = group.model.rstrip("/").split("/")[-1]
+        lines.append(
+            f"| {name} | {group.task} | {group.metric} | {group.removed:.1%} | {group.mode} | {len(group.scores)} | "
+            f"{_with_spread(group.dense)} | {_with_spread(group.scores)} | {-group.drop:+.2f} | {group.seconds:.0f} |"
+        )
+    lines += [
+        "",
+        "| model | asked | mode | tasks | mean change | worst change | of the dense score |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in summary(groups):
+        kept = "-" if row["kept"] is None else f"{row['kept']:.1%}"
+        name = row["model"].rstrip("/").split("/")[-1]
+        lines.append(
+            f"| {name} | {row['remove']:.0%} | {row['mode']} | {len(row['tasks'])} | "
+            f"{-row['mean_drop']:+.2f} | {-row['worst_drop']:+.2f} ({row['worst_task']}) | {kept} |"
+        )
+    published = references()
+    lines += [
+        "",
+        "Scores are those of the last weights; nothing was selected on the evaluation split. Behind ± is the standard "
+        "deviation over seeds.",
+        "",
+        published["note"],
+        "",
+        "| published | model | task | removed | result | source |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in published["rows"]:
+        removed = f"{entry['removed']:.1%}" if "removed" in entry else "-"
+        lines.append(
+            f"| {entry['method']} | {entry['model']} | {entry['task']} | {removed} | {entry['result']} | "
+            f"{entry['source']} |"
+        )
+    write_whole(folder / "README.md", "\n".join(lines) + "\n")
+    return folder / "README.md"
+
+
+def _with_spread(values: tuple[float, ...]) -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def picture(results: list[dict[str, Any]], path: Path) -> None:
+    """Score kept against fraction removed, a line for every model, task and mode; needs matplotlib."""
+    from ..plots import require_matplotlib
+
+    pyplot = require_matplotlib()
+    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    lines: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for group in groups_of(results):
+        dense = statistics.mean(group.dense)
+        if dense:
+            point = (100 * group.removed, 100 * statistics.mean(group.scores) / dense)
+            lines.setdefault((group.model.rstrip("/").split("/")[-1], group.task, group.mode), []).append(point)
+    for label, points in lines.items():
+        axis.plot(*zip(*sorted(points), strict=True), "o-", label=", ".join(label))
+    axis.axhline(100, color="black", linewidth=1)
+    axis.set_xlabel("removed, in % of the non-embedding parameters")
+    axis.set_ylabel("score, in % of the dense model's")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
