@@ -481,6 +481,40 @@ def test_half_precision_comes_near_float32(dtype):
         assert 0.5 < float(site.fisher_sum.trace()) / trace < 2.0
 
 
+@pytest.mark.parametrize("source", ["bert-ForMaskedLM", "t5-ForConditionalGeneration"])
+def test_some_sites_and_joined(source):
+    """What sites hold does not depend on which others are collected; joined runs are the whole."""
+    model = make_dense(find(source))
+    rows = [
+        {"input_ids": [5 + (7 * i + j) % 100 for j in range(4 + i)], "decoder_input_ids": [0, *range(5, 9 + i)]}
+        for i in range(4)
+    ]
+    whole = calibrate(model, rows, progress=False)
+    names = list(whole.sites)
+    parts = [calibrate(model, rows, sites=names[i::3], progress=False) for i in (2, 0, 1)]
+    assert [list(part.sites) for part in parts] == [names[2::3], names[0::3], names[1::3]]
+    joined = Calibration.join(parts)
+    assert list(joined.sites) == names and joined.summary() == whole.summary()
+    for name, site in whole.sites.items():
+        again = joined.sites[name]
+        assert torch.equal(site.moment_sum, again.moment_sum) and torch.equal(site.fisher_sum, again.fisher_sum)
+        assert (site.query_fisher_sum is None) == (again.query_fisher_sum is None)
+        if site.query_fisher_sum is not None:
+            assert torch.equal(site.query_fisher_sum, again.query_fisher_sum)
+    with pytest.raises(TCSPError, match="join the runs"):
+        compress(model, parts[0], hidden_size=16)
+    compress(model, joined, hidden_size=16, refit=False)
+    few = calibrate(model, rows, sites=["*.0.*"], progress=False)
+    assert few.sites and all(".0." in name for name in few.sites)
+    for broken, named in (([parts[0], parts[0]], "in two"), ([], "no statistics")):
+        with pytest.raises(TCSPError, match=named):
+            Calibration.join(broken)
+    with pytest.raises(TCSPError, match="different data_fingerprint"):
+        Calibration.join([parts[0], calibrate(model, rows[:1], sites=names[:1], progress=False)])
+    with pytest.raises(TCSPError, match="fits none of"):
+        calibrate(model, rows, sites=["layer.9.*"])
+
+
 def test_without_gradients():
     model, _ = dense_and_statistics(BERT)
     stats = calibrated(BERT, model, fisher=False)

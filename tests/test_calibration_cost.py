@@ -1,14 +1,16 @@
 """`tcsp bench calibrate`: what it counts and how it judges; the times are the machine's."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 from tcsp_hf import TCSPError
-from tcsp_hf.cli.bench.calibrate import _missed
+from tcsp_hf.cli.bench.calibrate import _missed, _missed_ranks
 from tcsp_hf.cli.main import app
 from tcsp_hf.evaluation.calibration_cost import CostRow, random_rows
+from tcsp_hf.evaluation.calibration_ranks import RanksResult
 
 TINY = ["bench", "calibrate", "--tokens", "100", "--rounds", "1", "--few", "20", "--many", "40"]
 
@@ -34,6 +36,34 @@ def test_bars() -> None:
     assert len(_missed([good], 0.011)) == 1
 
 
+@pytest.mark.slow
+def test_several_processes() -> None:
+    told = [
+        "bench",
+        "calibrate",
+        "--shapes",
+        "32x1",
+        "--tokens",
+        "300",
+        "--rounds",
+        "1",
+        "--ranks",
+        "2",
+        "--ranks-only",
+    ]
+    result = CliRunner().invoke(app, [*told, "--json"])
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["ranks"]
+    assert found["agree"] and found["off"] < 1e-3 and found["one"] > 0 and found["gain"] > 0
+
+
+def test_bars_of_several_processes() -> None:
+    good = RanksResult(768, 12, 4000, 2, one=17.0, many=10.0, agree=True, off=0.0)
+    assert _missed_ranks([good]) == []
+    assert len(_missed_ranks([replace(good, one=16.9), replace(good, agree=False)])) == 2
+    assert _missed_ranks([replace(good, ranks=4, one=16.9)]) == []  # the bar is two processes'
+
+
 def test_rows_have_the_tokens_asked_for() -> None:
     rows = list(random_rows(1000, 120))
     assert sum(len(row["input_ids"]) for row in rows) == 1000
@@ -47,6 +77,7 @@ def test_rows_have_the_tokens_asked_for() -> None:
         (["--shapes", "0x2"], "--shapes is '0x2'"),
         (["--tokens", "a"], "--tokens is 'a'"),
         (["--tokens", "0"], "--tokens is '0'"),
+        (["--ranks-only"], "--ranks of at least 2"),
     ],
 )
 def test_refusals(told: list[str], named: str) -> None:

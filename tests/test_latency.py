@@ -220,6 +220,7 @@ def test_refusals(tmp_path: Path) -> None:
         (["--parts", "all"], "--parts names 'all'"),
         (["--remove", "0.3", "--hidden-size", 8], "Give one of"),
         (["--dtype", "int8"], "--dtype is 'int8'"),
+        (["--clock", "sun"], "--clock is 'sun'"),
         (["--shape", "tiny", "--hidden-size", 40], "--hidden-size is 40"),
         (["--backends", "eager,fast"], "back-end is 'fast'"),
         (["--batches", "0"], "--batches is '0'"),

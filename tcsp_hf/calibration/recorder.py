@@ -49,7 +49,8 @@ class Recorder:
         self._moments = OuterSums(size)
         self._fishers = OuterSums(size)  # of gradients with respect to the norms' outputs, times the loss scale
         self._common: dict[str, torch.Tensor] = {}
-        self._queries = [block for block in blocks if block.attends] if fisher else []
+        names = {site.name for site in sites}
+        self._queries = [block for block in blocks if block.attends and block.writes in names] if fisher else []
         self._query_fishers: dict[str, torch.Tensor] = {}
         self._counts = {site.name: 0 for site in sites}
         self._tokens: dict[str, _Tokens] = {}

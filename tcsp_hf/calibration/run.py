@@ -1,15 +1,16 @@
 """`calibrate`: one streaming pass over text that keeps two D x D sums per site and nothing else."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..architectures import blocks_of, dense_hidden_size, family_of, sites_of
+from ..architectures import Site, blocks_of, dense_hidden_size, family_of, sites_of
 from ..errors import TCSPError
 from ..ranks import rank_and_size
 from .checkpoint import Checkpoint
@@ -45,6 +46,7 @@ def calibrate(
     progress: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 64,
+    sites: Sequence[str] | None = None,
 ) -> Calibration:
     """Collect the second moments of a dense model's hidden states, and of their gradients, without labels.
 
@@ -72,6 +74,9 @@ def calibrate(
             the same model, data and arguments goes on from there, and gives what an uninterrupted one gives, to the
             last bit. The folder is left as it is at the end; another calibration needs another one.
         checkpoint_every: batches between two writes.
+        sites: names of the sites to collect, or patterns as `"layer.0.*"`; all when None. For runs that share the
+            memory of a wide model, or the inspection of a few sites: `Calibration.join` puts the runs together, and
+            `compress` needs every site.
 
     Returns:
         The statistics, on the CPU, in float64.
@@ -124,7 +129,8 @@ def calibrate(
     sample = TokenSample(sample_tokens)
     mask_token = getattr(tokenizer, "mask_token_id", None) if name in ("masked_lm", "pretraining") else None
     scale = _HALF_LOSS_SCALE if model.dtype == torch.float16 else 1.0
-    recorder = Recorder(sites_of(model), result.hidden_size, fisher, blocks_of(model), scale)
+    chosen = _chosen_sites(model, sites)
+    recorder = Recorder(chosen, result.hidden_size, fisher, blocks_of(model), scale)
     saved: Checkpoint | None = None
     if checkpoint is not None:
         arguments = {
@@ -138,6 +144,8 @@ def calibrate(
             "mask_token": mask_token,
             "sample_tokens": sample_tokens,
         }
+        if sites is not None:
+            arguments["sites"] = [site.name for site in chosen]
         rank, ranks = rank_and_size()
         saved = Checkpoint(checkpoint, arguments, checkpoint_every, f"of-{ranks}-rank-{rank}")
         if saved.found.batches:
@@ -186,6 +194,22 @@ def calibrate(
     result.sites = recorder.statistics()
     result.sample = sample
     return result
+
+
+def _chosen_sites(model: PreTrainedModel, patterns: Sequence[str] | None) -> list[Site]:
+    """Sites whose names fit any of the patterns.
+
+    Raises:
+        TCSPError: a pattern that fits no site.
+    """
+    every = sites_of(model)
+    if patterns is None:
+        return every
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in wanted or [""]:
+        if not any(fnmatchcase(site.name, pattern) for site in every):
+            raise TCSPError(f"sites names {pattern!r}, which fits none of {', '.join(site.name for site in every)}.")
+    return [site for site in every if any(fnmatchcase(site.name, pattern) for pattern in wanted)]
 
 
 @contextmanager

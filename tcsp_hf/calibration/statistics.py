@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,13 @@ class SiteStatistics:
         return self.fisher_sum / self.tokens
 
 
+def _place(site: str) -> tuple[int, float, str]:
+    """Sorts names of sites as the forward pass does."""
+    head, *rest = site.split(".")
+    layer = float(rest[0]) if rest and rest[0].isdigit() else math.inf
+    return {"layer": 1, "decoder": 1, "mlm_head": 2}.get(head, 0), layer, rest[-1] if rest else ""
+
+
 @dataclass
 class Calibration:
     """Statistics of a dense model on sampled inputs; any hidden size can be cut from them later without data.
@@ -108,6 +115,29 @@ class Calibration:
             "model_fingerprint": self.model_fingerprint,
             "seed": self.seed,
         }
+
+    @classmethod
+    def join(cls, parts: Iterable["Calibration"]) -> "Calibration":
+        """Statistics of different sites (`calibrate(..., sites=)`) over the same data, in one.
+
+        Raises:
+            TCSPError: no parts, a site in two of them, or parts of different models, objectives, seeds or data.
+        """
+        parts = list(parts)
+        if not parts:
+            raise TCSPError("Calibration.join was given no statistics.")
+        first = parts[0]
+        sites: dict[str, SiteStatistics] = {}
+        for part in parts:
+            for name in ("model_fingerprint", "objective", "seed", "hidden_size", "data_fingerprint"):
+                mine, theirs = getattr(first, name), getattr(part, name)
+                if mine != theirs:
+                    raise TCSPError(f"Statistics with different {name} cannot be joined: {mine!r} and {theirs!r}.")
+            twice = sites.keys() & part.sites.keys()
+            if twice:
+                raise TCSPError(f"The site {min(twice)!r} is in two of the statistics: join those of different sites.")
+            sites.update(part.sites)
+        return replace(first, sites=dict(sorted(sites.items(), key=lambda item: _place(item[0]))))
 
     @classmethod
     def merge(cls, parts: Iterable["Calibration"]) -> "Calibration":

@@ -53,6 +53,12 @@ def calibrate_command(
         ),
     ] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Batches between two writes.", min=1)] = 64,
+    sites: Annotated[
+        str | None,
+        typer.Option(
+            help="Sites to collect, names or patterns with commas (layer.0.*); all by default.", show_default=False
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -82,6 +88,7 @@ def calibrate_command(
             progress=progress_of(quiet, as_json),
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
+            sites=None if sites is None else [name.strip() for name in sites.split(",")],
         )
     if not first:
         return

@@ -35,6 +35,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a progr
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is not empty.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's own).")]
+ClockOption = Annotated[
+    str,
+    typer.Option(help="wall, or cpu: the processor's seconds on one thread, for ratios on a machine that is shared."),
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 
 

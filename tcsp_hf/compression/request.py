@@ -148,4 +148,7 @@ def check_statistics(model: PreTrainedModel, stats: Calibration) -> None:
     expected = [site.name for site in sites_of(model)]
     if list(stats.sites) != expected:
         missing = [name for name in expected if name not in stats.sites]
-        raise TCSPError(f"The statistics do not fit the model: sites {missing or list(stats.sites)}.")
+        raise TCSPError(
+            f"The statistics do not fit the model: sites {missing or list(stats.sites)}. Collect all of them, or join "
+            "the runs that hold them (Calibration.join)."
+        )

@@ -18,6 +18,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..errors import TCSPError
 from ..export.onnx import export_onnx, require_onnx
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
+"""Real seconds, or the processor's on this thread alone: what others take of a shared machine does not count then."""
 BACKENDS = ("eager", "sdpa", "compile", "onnx")
 
 
@@ -49,11 +51,12 @@ def alternate(
     warmup: int = 2,
     device: torch.device | None = None,
     seconds_at_most: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Run every call once a round; the first `warmup` rounds do not count.
 
     With `seconds_at_most` no round begins after so many seconds, except that three rounds (or `rounds`, if fewer) are
-    timed in any case, after one that does not count.
+    timed in any case, after one that does not count. `clock` gives seconds; see `CLOCKS`.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     begun = time.perf_counter()
@@ -65,11 +68,11 @@ def alternate(
             break
         for name, call in calls.items():
             _wait(device)
-            started = time.perf_counter()
+            started = clock()
             call()
             _wait(device)
             if turn >= warmup:
-                seconds[name].append(1000 * (time.perf_counter() - started))
+                seconds[name].append(1000 * (clock() - started))
     return {
         name: Timing(statistics.median(times), sorted(times)[min(len(times) - 1, round(0.9 * (len(times) - 1)))])
         for name, times in seconds.items()
@@ -147,6 +150,19 @@ def token_bytes(model: PreTrainedModel) -> int:
 def parameter_bytes(model: PreTrainedModel) -> int:
     """Of all distinct parameters and buffers that one forward pass of the encoder may read, embeddings included."""
     return sum(p.numel() * p.element_size() for p in encoder_of(model).parameters())
+
+
+def check_clock(clock: str, device: str) -> None:
+    """Raises:
+    TCSPError: an unknown clock, or the processor's where the work is not all on one thread of it.
+    """
+    if clock not in CLOCKS:
+        raise TCSPError(f"--clock is {clock!r}; allowed: {', '.join(CLOCKS)}.")
+    if clock == "cpu" and (device != "cpu" or torch.get_num_threads() != 1):
+        raise TCSPError(
+            f"--clock cpu counts one thread of the processor, but the device is {device!r} with "
+            f"{torch.get_num_threads()} threads: set OMP_NUM_THREADS=1, or use --clock wall."
+        )
 
 
 def check_backends(names: list[str]) -> None:
@@ -275,12 +291,14 @@ def latency_grid(
     part: str = "encoder",
     seconds: float | None = None,
     new_tokens: int = 32,
+    clock: str = "wall",
 ) -> list[GridPoint]:
     """Time every back-end at every (batch, length); `done` is called after each point.
 
     Args:
         models: `"dense"`, `"small"`, and peers; peers run under `sdpa` alone.
         rounds, warmup, seconds: see `alternate`, for each point.
+        clock: of `CLOCKS`.
 
     Raises:
         TCSPError: see `check_backends`; before anything is timed.
@@ -293,7 +311,7 @@ def latency_grid(
         ready = {name: prepared(model, backend, part, new_tokens) for name, model in chosen.items()}
         for batch, length in shapes:
             calls = {name: start(batch, length) for name, start in ready.items()}
-            found = alternate(calls, rounds, warmup, dense.device, seconds)
+            found = alternate(calls, rounds, warmup, dense.device, seconds, CLOCKS[clock])
             if part == "generation":
                 ideal = token_bytes(dense) / token_bytes(small)
             else:

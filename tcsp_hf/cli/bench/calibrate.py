@@ -1,5 +1,6 @@
 """`tcsp bench calibrate`."""
 
+import os
 import platform
 from dataclasses import asdict
 from typing import Annotated
@@ -9,10 +10,14 @@ import typer
 
 from ...errors import TCSPError
 from ...evaluation.calibration_cost import CostRow, measure_cost, memory_growth, random_classifier
-from ..common import DeviceOption, JsonOption, print_json, print_table
+from ...evaluation.calibration_ranks import RanksResult, measure_ranks
+from ...evaluation.latency import check_clock
+from ..common import ClockOption, DeviceOption, JsonOption, print_json, print_table
 
 SIGMA_BAR, BOTH_BAR, GROWTH_BAR, PROJECTION_BAR = 1.25, 1.25, 0.01, 20.0
 """Times the forward pass; times forward and backward; share of peak memory; seconds (768 wide, 12 layers)."""
+RANKS_BAR = 1.7
+"""Tokens per second of two processes with one thread each, over those of one."""
 
 
 def _shapes(text: str) -> list[tuple[int, int]]:
@@ -34,6 +39,11 @@ def calibrate_bench_command(
     rounds: Annotated[int, typer.Option(help="Timed rounds, after one that does not count.", min=1)] = 3,
     few: Annotated[int, typer.Option(help="Sequences of the smaller memory run (tiny model).", min=1)] = 1000,
     many: Annotated[int, typer.Option(help="Sequences of the larger one.", min=1)] = 10_000,
+    ranks: Annotated[
+        int, typer.Option(help="Also on so many processes with one thread each; they need as many free cores.", min=1)
+    ] = 1,
+    ranks_only: Annotated[bool, typer.Option("--ranks-only", help="Nothing else.")] = False,
+    clock: ClockOption = "wall",
     device: DeviceOption = "cpu",
     check: Annotated[bool, typer.Option("--check", help="Exit with status 1 when a bar is missed.")] = False,
     as_json: JsonOption = False,
@@ -41,7 +51,8 @@ def calibrate_bench_command(
     """Seconds and peak memory of a calibration beside the plain passes over the same tokens, alternating in one run.
 
     Bars: Sigma 1.25 times a forward pass, Sigma and Gamma 1.25 times forward and backward (of hidden states alone), all
-    eigen-problems of 768 x 12 within 20 seconds, 1 % more memory for ten times the sequences.
+    eigen-problems of 768 x 12 within 20 seconds, 1 % more memory for ten times the sequences; two processes 1.7 times
+    the tokens per second of one, with the same projections to the last bit.
     """
     sizes = _shapes(shapes)
     try:
@@ -50,32 +61,71 @@ def calibrate_bench_command(
         raise TCSPError(f"--tokens is {tokens!r}; it must be integers with commas.") from error
     if min(counts) < 1:
         raise TCSPError(f"--tokens is {tokens!r}; every value must be at least 1.")
+    check_clock(clock, device)
+    if ranks_only and ranks < 2:
+        raise TCSPError("--ranks-only needs --ranks of at least 2.")
     torch.manual_seed(0)
+    before = os.getloadavg()[0]
     rows: list[CostRow] = []
-    for hidden_size, layers in sizes:
-        model = random_classifier(hidden_size, layers).to(device)
-        rows += [measure_cost(model, count, batch_size, rounds) for count in counts]
-        del model
-    tiny = random_classifier(32, 2).to(device)
-    small, large = memory_growth(tiny, few, many, batch_size)
-    growth = large / small - 1.0
-    missed = _missed(rows, growth)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}"
+    memory: dict[str, float] | None = None
+    if not ranks_only:
+        for hidden_size, layers in sizes:
+            model = random_classifier(hidden_size, layers).to(device)
+            rows += [measure_cost(model, count, batch_size, rounds, clock) for count in counts]
+            del model
+        small, large = memory_growth(random_classifier(32, 2).to(device), few, many, batch_size)
+        memory = {"few": few, "many": many, "few_bytes": small, "many_bytes": large, "growth": large / small - 1.0}
+    several: list[RanksResult] = []
+    if ranks > 1:
+        several = [measure_ranks(*size, count, batch_size, ranks, rounds) for size in sizes for count in counts]
+    missed = _missed(rows, memory["growth"] if memory else 0.0) + _missed_ranks(several)
+    machine = (
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}, {clock} clock, "
+        f"load {before:.1f} to {os.getloadavg()[0]:.1f}"
+    )
     if as_json:
         listed = [{**asdict(row), "sigma_ratio": row.sigma_ratio, "both_ratio": row.both_ratio} for row in rows]
-        memory = {"few": few, "many": many, "few_bytes": small, "many_bytes": large, "growth": growth}
-        print_json({"machine": machine, "rows": listed, "memory": memory, "missed": missed})
+        shared = [{**asdict(found), "gain": found.gain} for found in several]
+        print_json({"machine": machine, "rows": listed, "memory": memory, "ranks": shared, "missed": missed})
     else:
-        columns = ["hidden x layers", "tokens", "Σ s", "/ forward", "Σ, Γ s", "/ fwd, bwd", "eigen s", "peak MiB"]
-        note = (
-            f"Peak memory, {few:,} to {many:,} sequences (tiny model): {growth:+.1%}. Bars: {SIGMA_BAR}, {BOTH_BAR}, "
-            f"{PROJECTION_BAR:.0f} s at 768 x 12, {GROWTH_BAR:.0%}. {machine}"
-        )
-        print_table("Calibration beside the plain passes", columns, [_cells(row) for row in rows], note)
+        if memory is not None:
+            columns = ["hidden x layers", "tokens", "Σ s", "/ forward", "Σ, Γ s", "/ fwd, bwd", "eigen s", "peak MiB"]
+            note = (
+                f"Peak memory, {few:,} to {many:,} sequences (tiny model): {memory['growth']:+.1%}. Bars: {SIGMA_BAR}, "
+                f"{BOTH_BAR}, {PROJECTION_BAR:.0f} s at 768 x 12, {GROWTH_BAR:.0%}. {machine}"
+            )
+            print_table("Calibration beside the plain passes", columns, [_cells(row) for row in rows], note)
+        if several:
+            columns = ["hidden x layers", "tokens", "1 process s", f"{ranks} processes s", "gain", "bit-equal", "off"]
+            note = f"One thread each; 'off': to one process's projectors, largest entry. Bar: {RANKS_BAR}. {machine}"
+            print_table("Calibration on several processes", columns, [_ranks_cells(found) for found in several], note)
     for text in missed:
         typer.echo(f"Short of the bar: {text}", err=True)
     if check and missed:
         raise typer.Exit(1)
+
+
+def _missed_ranks(several: list[RanksResult]) -> list[str]:
+    found = []
+    for one in several:
+        name = f"{one.hidden_size} x {one.layers}, {one.tokens:,} tokens, {one.ranks} processes"
+        if one.ranks == 2 and one.gain < RANKS_BAR:
+            found.append(f"{name}: {one.gain:.2f} times the tokens per second of one, less than {RANKS_BAR}")
+        if not one.agree:
+            found.append(f"{name}: their projections differ")
+    return found
+
+
+def _ranks_cells(one: RanksResult) -> list[str]:
+    return [
+        f"{one.hidden_size} x {one.layers}",
+        f"{one.tokens:,}",
+        f"{one.one:.2f}",
+        f"{one.many:.2f}",
+        f"{one.gain:.2f}",
+        "yes" if one.agree else "no",
+        f"{one.off:.1e}",
+    ]
 
 
 def _missed(rows: list[CostRow], growth: float) -> list[str]:

@@ -22,6 +22,7 @@ from ...evaluation.latency import (
     PARTS,
     GridPoint,
     check_backends,
+    check_clock,
     latency_grid,
     parameter_bytes,
     token_bytes,
@@ -41,6 +42,7 @@ from ...files import check_output_folder, new_folder
 from ...loading import DTYPES, load_model
 from ...plots import latency_picture, pictures_possible, require_matplotlib
 from ..common import (
+    ClockOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -162,6 +164,7 @@ def latency_command(
     seconds: Annotated[
         float | None, typer.Option(help="Begin no round of a point after so long (three are timed in any case).")
     ] = None,
+    clock: ClockOption = "wall",
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     plot: Annotated[Path | None, typer.Option(help="Picture of the grid (.png, .svg, .pdf).")] = None,
@@ -180,6 +183,7 @@ def latency_command(
     """
     names = [name.strip() for name in backends.split(",")]
     check_backends(names)
+    check_clock(clock, device)
     wanted = _names("--parts", parts, PARTS)
     cut = _names("--axes", axes, AXES)
     points = [(b, n) for b in _integers("--batches", batches) for n in _integers("--lengths", lengths)]
@@ -212,13 +216,13 @@ def latency_command(
             bar.update()
 
         for part, name in steps:
-            grid += latency_grid(models, [name], points, rounds, warmup, done, part, seconds, new_tokens)
+            grid += latency_grid(models, [name], points, rounds, warmup, done, part, seconds, new_tokens, clock)
     ratios = {"encoder_bytes": parameter_bytes(pair.dense) / parameter_bytes(pair.small)}
     if "generation" in wanted:
         ratios["token_bytes"] = token_bytes(pair.dense) / token_bytes(pair.small)
     machine = (
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"load {before:.1f} to {os.getloadavg()[0]:.1f}"
+        f"{clock} clock, load {before:.1f} to {os.getloadavg()[0]:.1f}"
     )
     short = missed(grid, pair.family, pair.axes, pair.removed)
     report = {
