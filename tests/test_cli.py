@@ -15,6 +15,7 @@ from tcsp_hf import TCSPBertForSequenceClassification, TCSPConfig, TCSPError
 from tcsp_hf.cli import main
 from tcsp_hf.cli.main import app
 from tcsp_hf.data.sources import load_data
+from tcsp_hf.errors import ends_a_command, message_of
 
 BERT = find("bert-ForSequenceClassification")
 ENCODER = find("bert-Model")
@@ -152,3 +153,12 @@ def test_the_table_of_subspaces_on_a_real_classifier(
     assert rows["shared", "pca"]["accuracy"] >= 0.855
     assert rows["per_site", "balanced"]["kl"] <= 0.030
     assert rows["per_site", "balanced"]["kl"] < rows["per_site", "pca"]["kl"] < rows["shared", "pca"]["kl"]
+
+
+@pytest.mark.parametrize("words", ["could not create a primitive", "DefaultCPUAllocator: can't allocate memory"])
+def test_no_memory_is_said_in_one_line(words: str) -> None:
+    """As oneDNN and PyTorch say it; another RuntimeError is a bug and keeps its traceback."""
+    error = RuntimeError(words)
+    assert ends_a_command(error)
+    assert "memory" in message_of(error)
+    assert not ends_a_command(RuntimeError("shapes differ"))

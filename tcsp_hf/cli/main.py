@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from ..errors import ends_a_command
+from ..errors import ends_a_command, message_of
 from ..version import __version__
 from .bench import bench_app
 from .calibrate import calibrate_command
@@ -67,5 +67,5 @@ def run() -> None:
     except Exception as error:
         if not ends_a_command(error):
             raise
-        typer.echo(f"error: {error or type(error).__name__}", err=True)
+        typer.echo(f"error: {message_of(error)}", err=True)
         sys.exit(2)

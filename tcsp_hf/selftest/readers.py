@@ -138,8 +138,8 @@ def _alter_tensors(path: Path, draw: random.Random) -> str:
 def _sign(work: Path, draw: random.Random) -> None:
     """Record the altered file's checksum, so that what lies behind it is tested too; at times alter the values."""
     path, summary = work / "calibration.safetensors", work / "calibration.json"
-    if draw.random() < 0.3:
-        content = bytearray(path.read_bytes())
+    content = bytearray(path.read_bytes())
+    if content and draw.random() < 0.3:
         for _ in range(draw.randint(1, 16)):
             content[draw.randrange(len(content))] = draw.choice((0, 127, 128, 255))
         path.write_bytes(content)
