@@ -14,7 +14,14 @@ def ends_a_command(error: BaseException) -> bool:
     """Whether an error says what is wrong without a traceback: one of ours, or the system's word on disk or memory."""
     if isinstance(error, (TCSPError, OSError, MemoryError)) or type(error).__name__ == "SafetensorError":
         return True
+    if is_of_the_connection(error):
+        return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _NO_ROOM)
+
+
+def is_of_the_connection(error: BaseException) -> bool:
+    """Whether it is one of the HTTP client's errors, which have no base in common with OSError."""
+    return type(error).__module__.startswith("http")
 
 
 def message_of(error: BaseException) -> str:

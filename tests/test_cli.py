@@ -1,5 +1,6 @@
 """The command line on a tiny model: what it writes, what it prints for a program, and how it refuses."""
 
+import http.client
 import itertools
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from tcsp_hf.cli import main
 from tcsp_hf.cli.main import app
 from tcsp_hf.data.sources import load_data
 from tcsp_hf.errors import ends_a_command, message_of
+from tcsp_hf.loading import load_tokenizer
 
 BERT = find("bert-ForSequenceClassification")
 ENCODER = find("bert-Model")
@@ -162,3 +164,15 @@ def test_no_memory_is_said_in_one_line(words: str) -> None:
     assert ends_a_command(error)
     assert "memory" in message_of(error)
     assert not ends_a_command(RuntimeError("shapes differ"))
+
+
+def test_a_broken_connection_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The HTTP client's errors are no OSErrors."""
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise http.client.IncompleteRead(b"")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", broken)
+    with pytest.raises(TCSPError, match="connection broke"):
+        load_tokenizer("owner/name")
+    assert ends_a_command(http.client.IncompleteRead(b""))

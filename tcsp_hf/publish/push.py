@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from ..errors import TCSPError
+from ..errors import TCSPError, is_of_the_connection
 from .card import CARD_FILE, render_card
 from .checkpoint import Checkpoint, read_checkpoint, weight_files
 from .results import CardResults
@@ -319,7 +319,7 @@ def _hub_errors(repo_id: str, token: str) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError) as error:
         raise TCSPError(_failed(repo_id, error, token)) from None
     except Exception as error:
-        if not type(error).__module__.startswith("http"):  # the transport's errors have no common base with ours
+        if not is_of_the_connection(error):
             raise
         raise TCSPError(_failed(repo_id, error, token)) from None
 
