@@ -715,6 +715,23 @@ def test_unit_value_factors_of_several_heads_solve_again() -> None:
     assert lost(whole) < 1e-9 * float((weights @ h @ weights.T).trace())
 
 
+def test_unit_value_factors_of_every_head_are_those_of_the_problem_that_is_left() -> None:
+    """As if the problem were solved again, from the start, after each head."""
+    heads, size, keep = 3, 4, 2
+    x = gaussian(30, 400, heads * size + 1) @ gaussian(31, heads * size + 1, heads * size + 1)
+    h, weights = x.T @ x, gaussian(32, 5, heads * size + 1)
+    for head, factor in enumerate(value_factors(h, weights, heads, size, keep)):
+        # the head that is next stands first
+        (expected,) = value_factors(h, weights, 1, size, keep)
+        spaces = [torch.linalg.pinv(one) @ one for one in (factor, expected)]
+        torch.testing.assert_close(spaces[0], spaces[1], rtol=0.0, atol=2e-2, msg=f"head {head}")
+        rows = torch.block_diag(factor, torch.eye(h.shape[0] - size, dtype=torch.float64))
+        small = rows @ h @ rows.T
+        weights = weights @ h @ rows.T @ torch.linalg.inv(small)
+        order = [*range(keep, len(small)), *range(keep)]
+        h, weights = small[order][:, order], weights[:, order]
+
+
 def test_unit_score_moments() -> None:
     """Sums of q q' and, query by query, of the keys' covariance under its attention; padded queries do not count."""
     query, key, attention = gaussian(10, 2, 3, 4, 5), gaussian(11, 2, 3, 6, 5), gaussian(12, 2, 3, 4, 6).softmax(-1)
