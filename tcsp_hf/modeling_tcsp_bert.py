@@ -198,9 +198,13 @@ class TCSPBertOutput(nn.Module):
         return self.norm(written, overwrite=True) if is_plain(self.norm, TCSPBertSiteNorm) else self.norm(written)
 
     def _accumulates(self, written: torch.Tensor, hidden_states: torch.Tensor) -> bool:
-        """Whether the written states are nobody else's: no gradients, no tracing, no hook on either linear."""
+        """Whether the written states are nobody else's: no gradients, no tracing, no hook on either linear.
+
+        A quantised or sharded weight is of another tensor class, which knows `linear` but not every product.
+        """
         return (
             may_overwrite()
+            and type(self.residual.weight) is nn.Parameter
             and (is_plain(self.residual, nn.Linear) or is_plain(self.residual, TCSPBertScale))
             and is_plain(self.dense, nn.Linear)
             and written.dtype == hidden_states.dtype == self.residual.weight.dtype

@@ -12,11 +12,14 @@ from ..errors import TCSPError
 from ..export import to_plain_t5
 from ..export.ctranslate2 import to_ctranslate2
 from ..export.onnx import export_onnx, require_onnx
+from ..export.openvino import export_openvino, require_openvino
 from ..files import check_output_folder, new_folder
 from ..loading import load_model, load_tokenizer
 from .common import JsonOption, ModelArgument, OverwriteOption, QuietOption, print_json, print_table, progress_of
 
-FORMATS = ("t5", "ctranslate2", "onnx")
+FORMATS = ("t5", "ctranslate2", "onnx", "openvino")
+_GRAPHS = {"onnx": (require_onnx, export_onnx), "openvino": (require_openvino, export_openvino)}
+"""Forms that stand in a folder of their own beside the checkpoint."""
 
 
 def export_command(
@@ -28,7 +31,8 @@ def export_command(
             "--format",
             "-f",
             help="t5: a stock T5 or mT5 checkpoint that needs no code of this package. ctranslate2: the same for "
-            "CTranslate2's runtime. onnx: the checkpoint with its graphs in onnx/, checked by ONNX Runtime.",
+            "CTranslate2's runtime. onnx, openvino: the checkpoint with graphs in a folder of that name, checked by "
+            "that runtime.",
         ),
     ],
     overwrite: OverwriteOption = False,
@@ -43,15 +47,15 @@ def export_command(
         raise TCSPError(f"--format is {form!r}; allowed: {', '.join(FORMATS)}.")
     check_output_folder(output, overwrite)
     bars = progress_of(quiet, as_json)
-    if form == "onnx":
-        require_onnx()
-    small = load_model(model, "float32" if form == "onnx" else "auto")
+    if form in _GRAPHS:
+        _GRAPHS[form][0]()
+    small = load_model(model, "float32" if form in _GRAPHS else "auto")
     tokenizer = load_tokenizer(model)
     facts: dict[str, Any] = {"output": str(output), "format": form}
-    if form == "onnx":
+    if form in _GRAPHS:
         with new_folder(output, overwrite) as staging:
-            _copy_checkpoint(model, small, tokenizer, staging)
-            facts["differences"] = export_onnx(small, staging / "onnx", progress=bars)
+            _copy_checkpoint(model, small, tokenizer, staging, form)
+            facts["differences"] = _GRAPHS[form][1](small, staging / form, progress=bars)
     else:
         plain = to_plain_t5(small)
         facts["class"] = type(plain).__name__
@@ -63,17 +67,18 @@ def export_command(
                 to_ctranslate2(folder, staging)
     if as_json:
         print_json(facts)
-    elif form == "onnx":
+    elif form in _GRAPHS:
         rows = [[name, f"{difference:.1e}"] for name, difference in facts["differences"].items()]
-        print_table(f"{model} -> {output / 'onnx'}", ["graph", "difference to PyTorch"], rows)
+        print_table(f"{model} -> {output / form}", ["graph", "difference to PyTorch"], rows)
     else:
         typer.echo(f"{facts['class']}: {output}")
 
 
-def _copy_checkpoint(name: str, model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """All files of a local checkpoint (of a sentence-transformers folder too), or the model and its tokenizer."""
+def _copy_checkpoint(name: str, model: PreTrainedModel, tokenizer: Any, folder: Path, form: str) -> None:
+    """All files of a local checkpoint (of a sentence-transformers folder too) without those of an earlier export to the
+    same form, or the model and its tokenizer."""
     if Path(name).is_dir():
-        shutil.copytree(name, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("onnx", ".*"))
+        shutil.copytree(name, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(form, ".*"))
     else:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -93,7 +93,7 @@ def drop_heads(
 ) -> tuple[torch.Tensor, list[float], list[int]]:
     """Which heads to keep: the one whose values cost least goes first, the others are re-solved, and so on.
 
-    Args: as for `value_factors`; `keep` heads stay.
+    The arguments are those of `value_factors`; `keep` heads stay.
 
     Returns:
         Indices of the kept heads, ascending (keep,), the loss by number of heads gone, from 0 on, and the others in

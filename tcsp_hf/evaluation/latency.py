@@ -153,8 +153,10 @@ def parameter_bytes(model: PreTrainedModel) -> int:
 
 
 def check_clock(clock: str, device: str) -> None:
-    """Raises:
-    TCSPError: an unknown clock, or the processor's where the work is not all on one thread of it.
+    """Refuse a clock before any work.
+
+    Raises:
+        TCSPError: an unknown clock, or the processor's where the work is not all on one thread of it.
     """
     if clock not in CLOCKS:
         raise TCSPError(f"--clock is {clock!r}; allowed: {', '.join(CLOCKS)}.")
@@ -166,8 +168,10 @@ def check_clock(clock: str, device: str) -> None:
 
 
 def check_backends(names: list[str]) -> None:
-    """Raises:
-    TCSPError: an unknown back-end, or one whose packages are missing.
+    """Refuse back-ends before any work.
+
+    Raises:
+        TCSPError: an unknown back-end, or one whose packages are missing.
     """
     for name in names:
         if name not in BACKENDS:

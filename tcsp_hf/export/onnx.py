@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -32,6 +33,8 @@ from ..errors import TCSPError
 from ..modeling_tcsp import CACHE
 
 Tensors = dict[str, torch.Tensor]
+Runner = Callable[[dict[str, np.ndarray], list[str]], list[np.ndarray]]
+"""What another runtime does with a graph: inputs by name and names of outputs -> outputs."""
 _TRACED = (2, 7)
 _CHECKED = ((2, 7), (1, 1), (3, 16))
 """(batch, length) at which a graph is compared with PyTorch."""
@@ -52,8 +55,8 @@ def require_onnx() -> Any:
 
 
 @dataclass(frozen=True)
-class _Graph:
-    """What one file holds.
+class Graph:
+    """What one file holds: see `graphs_of`.
 
     Attributes:
         name: of the file, without its suffix.
@@ -71,7 +74,7 @@ class _Graph:
 class _Flat(nn.Module):
     """The model with a list of tensors in and a tuple of tensors out."""
 
-    def __init__(self, model: nn.Module, graph: _Graph, names: list[str]) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, names: list[str]) -> None:
         super().__init__()
         self.model = model
         self.graph = graph
@@ -109,7 +112,7 @@ def export_onnx(
     target = Path(folder)
     if model.dtype != torch.float32:
         raise TCSPError(f"The model is in {model.dtype}: load it with dtype=torch.float32 for the export to ONNX.")
-    graphs = _graphs(model)
+    graphs = graphs_of(model)
     for graph in graphs:
         if (target / f"{graph.name}.onnx").exists():
             raise TCSPError(f"{target / graph.name}.onnx exists: name another folder.")
@@ -119,13 +122,7 @@ def export_onnx(
         for graph in tqdm(graphs, desc="ONNX", unit="graph", disable=hidden):
             path = Path(temporary) / f"{graph.name}.onnx"
             _write(model.eval(), graph, path)
-            difference = _difference(runtime, model, graph, path)
-            if not difference <= tolerance and not difference <= 4.0 * _rounding(model, graph):
-                raise TCSPError(
-                    f"{path.name} differs from PyTorch by {difference:.1e}, above the tolerance of {tolerance:.0e}: "
-                    "nothing was written."
-                )
-            found[path.name] = difference
+            found[path.name] = check_graph(_session(runtime, path), model, graph, path.name, tolerance)
         target.mkdir(parents=True, exist_ok=True)
         for path in sorted(Path(temporary).iterdir()):
             (target / path.name).write_bytes(path.read_bytes())
@@ -135,7 +132,7 @@ def export_onnx(
 # Which graphs ---------------------------------------------------------------------------------------------------------
 
 
-def _graphs(model: Any) -> list[_Graph]:
+def graphs_of(model: Any) -> list[Graph]:
     """The graphs of a model.
 
     Raises:
@@ -164,7 +161,7 @@ def _only_tensors(outputs: Any) -> Tensors:
     return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
 
 
-def _single_graph(model: Any, family: str) -> _Graph:
+def _single_graph(model: Any, family: str) -> Graph:
     choices = (2,) if type(model).__name__.endswith("ForMultipleChoice") else ()
     needs_decoder_inputs = family == "t5" and type(model).__name__.endswith("T5Model")
 
@@ -190,10 +187,10 @@ def _single_graph(model: Any, family: str) -> _Graph:
             return {0: "batch", 1: "decoder_sequence"}
         return {0: "batch", 1: "choices", 2: "sequence"} if choices else {0: "batch", 1: "sequence"}
 
-    return _Graph("model", make, run, axes)
+    return Graph("model", make, run, axes)
 
 
-def _encoder_graph(model: Any) -> _Graph:
+def _encoder_graph(model: Any) -> Graph:
     def make(batch: int, length: int) -> Tensors:
         ids = _ids(model, batch, length)
         return {"input_ids": ids, "attention_mask": _mask(ids)}
@@ -201,7 +198,7 @@ def _encoder_graph(model: Any) -> _Graph:
     def run(traced: Any, inputs: Tensors) -> Tensors:
         return {"last_hidden_state": traced.get_encoder()(**inputs).last_hidden_state}
 
-    return _Graph("encoder_model", make, run, lambda name: {0: "batch", 1: "encoder_sequence"})
+    return Graph("encoder_model", make, run, lambda name: {0: "batch", 1: "encoder_sequence"})
 
 
 def cache_names(layers: int, prefix: str, kinds: tuple[str, ...] = ("decoder", "encoder")) -> list[str]:
@@ -209,7 +206,7 @@ def cache_names(layers: int, prefix: str, kinds: tuple[str, ...] = ("decoder", "
     return [f"{prefix}.{i}.{kind}.{part}" for i in range(layers) for kind in kinds for part in ("key", "value")]
 
 
-def _decoder_graph(model: Any, first: bool) -> _Graph:
+def _decoder_graph(model: Any, first: bool) -> Graph:
     """The decoder: without a cache, or with one and a single new token."""
     layers = len(model.decoder.block)
     encoder = _encoder_graph(model)
@@ -269,7 +266,7 @@ def _decoder_graph(model: Any, first: bool) -> _Graph:
             return {0: "batch", 2: "past_sequence" if ".decoder." in name else "encoder_sequence"}
         return {0: "batch", 1: "encoder_sequence"}
 
-    return _Graph("decoder_model" if first else "decoder_with_past_model", make, run, axes)
+    return Graph("decoder_model" if first else "decoder_with_past_model", make, run, axes)
 
 
 # Writing and checking -------------------------------------------------------------------------------------------------
@@ -294,7 +291,7 @@ def _calm() -> Iterator[None]:
         inner.setLevel(inner_level)
 
 
-def _write(model: PreTrainedModel, graph: _Graph, path: Path) -> None:
+def _write(model: PreTrainedModel, graph: Graph, path: Path) -> None:
     """Trace and save one graph.
 
     Raises:
@@ -325,7 +322,7 @@ def _write(model: PreTrainedModel, graph: _Graph, path: Path) -> None:
     program.save(str(path))
 
 
-def _checked_inputs(graph: _Graph) -> Iterator[Tensors]:
+def _checked_inputs(graph: Graph) -> Iterator[Tensors]:
     """The same random inputs each time, at a few batches and lengths."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -340,20 +337,47 @@ def _distance(reference: torch.Tensor, found: torch.Tensor) -> float:
     return float((reference - found).abs().max()) / max(1.0, float(reference.abs().max()))
 
 
-def _difference(runtime: Any, model: PreTrainedModel, graph: _Graph, path: Path) -> float:
-    """Largest difference between ONNX Runtime and PyTorch over all outputs and a few batches and lengths."""
+def _session(runtime: Any, path: Path) -> Runner:
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     read = {value.name for value in session.get_inputs()}
+
+    def run(inputs: dict[str, np.ndarray], outputs: list[str]) -> list[np.ndarray]:
+        return session.run(outputs, {name: value for name, value in inputs.items() if name in read})
+
+    return run
+
+
+def check_graph(run: Runner, model: PreTrainedModel, graph: Graph, name: str, tolerance: float) -> float:
+    """The largest difference of a graph that another runtime reads, over all outputs and a few batches and lengths.
+
+    Args:
+        run: gives the outputs with these names; inputs that the graph does not have are left out by it.
+        name: of the file, for the message.
+        tolerance: see `export_onnx`.
+
+    Raises:
+        TCSPError: the difference is above the tolerance.
+    """
+    difference = _difference(run, model, graph)
+    if not difference <= tolerance and not difference <= 4.0 * _rounding(model, graph):
+        raise TCSPError(
+            f"{name} differs from PyTorch by {difference:.1e}, above the tolerance of {tolerance:.0e}: "
+            "nothing was written."
+        )
+    return difference
+
+
+def _difference(run: Runner, model: PreTrainedModel, graph: Graph) -> float:
     differences = [0.0]
     for inputs in _checked_inputs(graph):
         expected = graph.run(model, inputs)
-        fed = {name: value.cpu().numpy() for name, value in inputs.items() if name in read}
-        for value, output in zip(expected.values(), session.run(list(expected), fed), strict=True):
+        fed = {name: value.cpu().numpy() for name, value in inputs.items()}
+        for value, output in zip(expected.values(), run(fed, list(expected)), strict=True):
             differences.append(_distance(value.detach().cpu(), torch.from_numpy(output)))
     return math.nan if any(map(math.isnan, differences)) else max(differences)
 
 
-def _rounding(model: PreTrainedModel, graph: _Graph) -> float:
+def _rounding(model: PreTrainedModel, graph: Graph) -> float:
     """Largest difference between the model in float32 and in float64, on the inputs of `_difference`."""
     exact = copy.deepcopy(model).double()
     differences = [0.0]

@@ -85,8 +85,10 @@ def plain_bert_command(
 
 
 def check_width(hidden_size: int | None, dense: PreTrainedModel) -> None:
-    """Raises:
-    TCSPError: a width that a stock BERT with the dense one's heads cannot have.
+    """Refuse a width before any work.
+
+    Raises:
+        TCSPError: a width that a stock BERT with the dense one's heads cannot have.
     """
     heads, full = int(dense.config.num_attention_heads), int(dense.config.hidden_size)
     if hidden_size is not None and (not 0 < hidden_size < full or hidden_size % heads):
