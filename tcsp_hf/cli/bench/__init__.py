@@ -5,6 +5,7 @@ import typer
 from .budget import budget_command
 from .calibrate import calibrate_bench_command
 from .latency import latency_command
+from .load import load_command
 from .paper import paper_command
 from .plain_bert import plain_bert_command
 from .quality import quality_command
@@ -19,6 +20,7 @@ bench_app.command("quality")(quality_command)
 bench_app.command("summary")(summary_command)
 bench_app.command("calibrate")(calibrate_bench_command)
 bench_app.command("latency")(latency_command)
+bench_app.command("load")(load_command)
 bench_app.command("paper")(paper_command)
 bench_app.command("plain-bert")(plain_bert_command)
 bench_app.command("retrieval")(retrieval_command)
