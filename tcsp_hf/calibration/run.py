@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import Site, blocks_of, dense_hidden_size, family_of, sites_of
 from ..errors import TCSPError
+from ..offload import device_of, forgetting
 from ..ranks import rank_and_size
 from .checkpoint import Checkpoint
 from .divergence import MASKED_FRACTION
@@ -53,7 +54,9 @@ def calibrate(
     One forward (and, with `fisher`, one backward) pass. Memory does not grow with the amount of data.
 
     Args:
-        model: a dense BERT, T5 or mT5 model with any supported head. It is left as it was.
+        model: a dense BERT, T5 or mT5 model with any supported head. It is left as it was. Its weights may lie on
+            "cpu" or "disk" (`device_map`): they are read when a layer's turn comes, and with `fisher` every layer
+            runs twice, so that one batch's gradients do not hold them all.
         data: `list[str]` (or pairs of strings), a `datasets.Dataset` or `IterableDataset` with text columns or
             `input_ids`, or a `DataLoader` of batches. Class labels are never read. For sequence-to-sequence language
             models the second text of a pair (or `labels`) is the decoder's input; without one the model's own greedy
@@ -159,7 +162,7 @@ def calibrate(
         desc="calibrate",
         disable=None if progress is None else not progress,
     )
-    with _ready(model), recorder.attached(model), bar:
+    with _ready(model), recorder.attached(model), forgetting(model), bar:
         for batch in batches(data, options):
             if saved is not None and saved.is_done(batch):
                 bar.update(batch["input_ids"].shape[:-1].numel())
@@ -169,8 +172,10 @@ def calibrate(
             inputs = _prepare(model, head, batch, draws, mask_token, max_target_length)
             extra = {key: inputs.pop(key) for key in ("masked_positions",) if key in inputs}
             recorder.start(inputs)
+            no_cache = {"use_cache": False} if "decoder_input_ids" in inputs else {}  # nothing is generated
             with torch.set_grad_enabled(fisher):
-                outputs = model(**inputs)
+                outputs = model(**inputs, **no_cache)
+                recorder.forward_is_over()
                 if fisher:
                     likelihood = objective(model, outputs, {**inputs, **extra}, draws)
                     if likelihood.requires_grad:
@@ -258,7 +263,7 @@ def _prepare(
     max_target_length: int,
 ) -> Batch:
     """Inputs on the model's device, with masks filled in, decoder inputs made, and tokens masked for MLM heads."""
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     inputs = {name: value.to(device) for name, value in batch.items()}
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     if mask_token is not None:

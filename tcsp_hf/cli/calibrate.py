@@ -18,6 +18,7 @@ from .common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    OffloadOption,
     OverwriteOption,
     QuietOption,
     SequencesOption,
@@ -45,6 +46,7 @@ def calibrate_command(
     seed: Annotated[int, typer.Option(help="Of the outputs drawn from the model's own distribution.")] = 0,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
+    offload: OffloadOption = False,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -73,7 +75,7 @@ def calibrate_command(
     columns = columns_of(text_columns)
     with launched() as first:
         texts = load_data(data, split)
-        dense = load_model(model, dtype, device_of_this_process(device))
+        dense = load_model(model, dtype, device_of_this_process(device), offload)
         stats = calibrate_on_ranks(
             dense,
             texts,

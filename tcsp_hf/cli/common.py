@@ -39,6 +39,14 @@ ClockOption = Annotated[
     str,
     typer.Option(help="wall, or cpu: the processor's seconds on one thread, for ratios on a machine that is shared."),
 ]
+OffloadOption = Annotated[
+    bool,
+    typer.Option(
+        "--offload",
+        help="Leave the dense weights in their safetensors files and read each layer when its turn comes: slower, for "
+        "models that do not fit in memory.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 
 

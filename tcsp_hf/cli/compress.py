@@ -1,5 +1,6 @@
 """`tcsp compress`."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from .common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    OffloadOption,
     OverwriteOption,
     QuietOption,
     SequencesOption,
@@ -31,6 +33,8 @@ from .common import (
     print_table,
     progress_of,
 )
+
+_SHARD_SIZE = re.compile(r"[1-9]\d*(KB|MB|GB|TB)")
 
 
 def compress_command(
@@ -77,6 +81,10 @@ def compress_command(
     max_sequences: SequencesOption = 2000,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
+    offload: OffloadOption = False,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest weight file, as 5GB or 500MB; a larger model is written in several.")
+    ] = "50GB",
     overwrite: OverwriteOption = False,
     force: Annotated[
         bool, typer.Option("--force", help="Save a model whose outputs are far from what was predicted.")
@@ -92,12 +100,16 @@ def compress_command(
     """
     if sum(value is not None for value in (hidden_size, energy, remove, flops, latency)) != 1:
         raise TCSPError("Give exactly one of --hidden-size, --energy, --remove, --flops and --latency.")
+    if not _SHARD_SIZE.fullmatch(max_shard_size):
+        raise TCSPError(f"--max-shard-size is {max_shard_size!r}; it must be a number with KB, MB, GB or TB, as 5GB.")
+    if offload and sentence_transformer:
+        raise TCSPError("--offload cannot go with --sentence-transformer, which loads the whole source itself.")
     check_output_folder(output, overwrite)
     columns = columns_of(text_columns)
     source = load_source(model) if sentence_transformer else None
     found = None if stats is None else Calibration.load(stats)
     texts = load_data(data, split) if found is None else None
-    dense = load_model(model, dtype, device)
+    dense = load_model(model, dtype, device, offload)
     if sentence_transformer:
         require_encoder(dense)
     tokenizer = load_tokenizer(model)
@@ -134,7 +146,7 @@ def compress_command(
         if sentence_transformer:
             save_sentence_transformer(small, tokenizer, source, staging)
         else:
-            small.save_pretrained(staging)
+            small.save_pretrained(staging, max_shard_size=max_shard_size)
             tokenizer.save_pretrained(staging)
         write_card(staging, CardResults(command=command_line(context)), name=output.resolve().name)
     before, after = count_parameters(dense), count_parameters(small)

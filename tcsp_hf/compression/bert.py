@@ -10,9 +10,8 @@ from .least_squares import NormalEquations, ridge
 from .plan import Sizes
 from .refit_bert import RefitResult
 from .subspace import Basis
-from .weights import DenseWeights
+from .weights import DenseWeights, Tensors
 
-Tensors = dict[str, torch.Tensor]
 MLM_SITE = "mlm_head"
 
 
@@ -49,7 +48,7 @@ def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
     """State dict of the compressed model; bases: site name -> subspace, in the order of the forward pass."""
     source = DenseWeights(dense)
     prefix = "bert." if hasattr(dense, "bert") else ""
-    result: Tensors = {}
+    result = Tensors(dense)
     names = [name for name in bases if name != MLM_SITE]
 
     def norm(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +58,7 @@ def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
         scale = math.sqrt(basis.gain * dense.config.hidden_size / basis.size)
         return torch.full((basis.size,), scale, dtype=torch.float64)
 
-    def reader(name: str, gamma: torch.Tensor, beta: torch.Tensor, basis: Basis) -> Tensors:
+    def reader(name: str, gamma: torch.Tensor, beta: torch.Tensor, basis: Basis) -> dict[str, torch.Tensor]:
         weight = source[f"{name}.weight"]
         return {
             "weight": weight @ (gamma[:, None] * basis.decoder),
@@ -107,7 +106,8 @@ def assemble(dense: PreTrainedModel, bases: dict[str, Basis], made: RefitResult)
     A classifier on the pooler is solved again as well, to reproduce the dense logits from the pooled features.
     """
     source = DenseWeights(dense)
-    tensors = {**made.tensors, **project_heads(dense, source, bases, made.reader)}
+    tensors = made.tensors
+    tensors.update(project_heads(dense, source, bases, made.reader))
     if "classifier.weight" in source and "bert.pooler.dense.weight" in source:
         tensors["classifier.weight"], tensors["classifier.bias"] = _refit_classifier(dense, source, tensors, made)
     made.carried.close()
@@ -122,13 +122,14 @@ def _refit_classifier(
     gamma, beta = source[f"{norm}.weight"], source[f"{norm}.bias"]
     weight, bias = source["classifier.weight"], source["classifier.bias"]
     pooler = "bert.pooler.dense"
+    pooler_weight, pooler_bias = (tensors[f"{pooler}.{kind}"].double() for kind in ("weight", "bias"))
     equations = NormalEquations.zeros(weight.shape[1], weight.shape[0], torch.device("cpu"))
     for group in made.sample.groups:
         first = slice(None, None, group.length)
         hidden = made.target.read(group.rows)[first].double() * gamma + beta
         wanted = torch.tanh(hidden @ source[f"{pooler}.weight"].T + source[f"{pooler}.bias"]) @ weight.T + bias
         carried = made.carried.read(group.rows)[first].double()
-        pooled = torch.tanh(carried @ tensors[f"{pooler}.weight"].T + tensors[f"{pooler}.bias"])
+        pooled = torch.tanh(carried @ pooler_weight.T + pooler_bias)
         ones = torch.ones(len(pooled), dtype=torch.float64)
         equations.add([pooled], wanted, ones, made.sample.held_out[group.rows][first])
     solution = ridge(equations, torch.cat([weight.T, bias[None]]))
@@ -137,13 +138,13 @@ def _refit_classifier(
 
 def project_heads(
     dense: PreTrainedModel, source: DenseWeights, bases: dict[str, Basis], last: tuple[torch.Tensor, torch.Tensor]
-) -> Tensors:
+) -> dict[str, torch.Tensor]:
     """Everything after the last site; last: (weight (D, k), offset (D,)), hidden state ~ weight @ z + offset.
 
     What reads the pooler's output stays as it is, what reads hidden states reads the last site.
     """
     prefix = "bert." if hasattr(dense, "bert") else ""
-    result: Tensors = {f"{prefix}lift_map.weight": last[0], f"{prefix}lift_map.bias": last[1]}
+    result = {f"{prefix}lift_map.weight": last[0], f"{prefix}lift_map.bias": last[1]}
 
     def read_last(name: str, target: str) -> None:
         weight = source[f"{name}.weight"]
@@ -166,9 +167,11 @@ def project_heads(
         read_last(f"{transform}.dense", "cls.predictions.dense")
         result["cls.predictions.projection.weight"] = head.encoder.T.clone()
         head_gamma, head_beta = source[f"{transform}.LayerNorm.weight"], source[f"{transform}.LayerNorm.bias"]
-        decoder = source["cls.predictions.decoder.weight"]
-        result["cls.predictions.decoder.weight"] = decoder @ (head_gamma[:, None] * head.decoder)
-        result["cls.predictions.decoder.bias"] = source["cls.predictions.decoder.bias"] + decoder @ head_beta
+        decoder = "cls.predictions.decoder"
+        reading = torch.cat([head_gamma[:, None] * head.decoder, head_beta[:, None]], dim=1)
+        read = source.table(f"{decoder}.weight", reading, torch.float64)
+        result[f"{decoder}.weight"] = read[:, :-1]
+        result[f"{decoder}.bias"] = source[f"{decoder}.bias"] + read[:, -1]
     return result
 
 

@@ -17,10 +17,12 @@ from ..configuration_tcsp import METHOD_VERSION, TCSPConfig
 from ..configuration_tcsp_bert import TCSPBertConfig
 from ..configuration_tcsp_t5 import TCSPT5Config
 from ..errors import TCSPError
+from ..offload import device_of
 from . import bert, t5
 from .plan import BlockShape, Costs, Sizes
 from .sizes import ParameterCount, count_parameters, meta_count
 from .subspace import Basis
+from .weights import Tensors
 
 logger = logging.getLogger("tcsp_hf")
 
@@ -167,14 +169,14 @@ class Builder:
         stats: Calibration,
         sizes: Sizes,
         kept_heads: list[list[int]] | None,
-        tensors: dict[str, torch.Tensor],
+        tensors: Tensors,
         record: dict[str, Any],
     ) -> PreTrainedModel:
         """The compressed model of these sizes.
 
         Args:
             bases: the subspace of every site.
-            tensors: its state dict.
+            tensors: its state dict; emptied, so that no weight is held twice.
             record: more fields of `config.projection`.
         """
         config = self.config(sizes, kept_heads)
@@ -206,17 +208,19 @@ class Builder:
             small.generation_config = copy.deepcopy(self.dense.generation_config)
         return small.eval()
 
-    def _load(self, small: Any, tensors: dict[str, torch.Tensor]) -> None:
+    def _load(self, small: Any, tensors: Tensors) -> None:
         """Put the projected tensors into the model, in the dense model's dtypes, on its device."""
         broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
         if broken:
             raise TCSPError(f"The projected weights hold a NaN or an infinity: {broken[0]}. Check the dense weights.")
-        dense = dict(self.dense.named_parameters())
         small.to(dtype=self.dense.dtype)
         for name, parameter in small.named_parameters():
-            if name in dense and dense[name].dtype != parameter.dtype:
-                parameter.data = parameter.data.to(dense[name].dtype)  # T5 keeps `wo` in float32
-        missing, unexpected = small.load_state_dict(tensors, strict=False)
+            if parameter.dtype != tensors.dtype_of(name):
+                parameter.data = parameter.data.to(tensors.dtype_of(name))
+        places = small.state_dict()
+        missing, unexpected = sorted(places.keys() - tensors.keys()), sorted(tensors.keys() - places.keys())
         if missing or unexpected:
             raise TCSPError(f"The dense model is not laid out as expected: missing {missing}, unexpected {unexpected}.")
-        small.to(self.dense.device)
+        for name, place in places.items():
+            place.copy_(tensors.pop(name))
+        small.to(device_of(self.dense))

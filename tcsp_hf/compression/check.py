@@ -10,6 +10,7 @@ from ..calibration import Calibration
 from ..calibration.divergence import divergence, model_inputs
 from ..calibration.objectives import objective_of
 from ..errors import TCSPError
+from ..offload import device_of
 from .least_squares import HELD_OUT_EVERY
 from .streams import padded_batches
 
@@ -51,7 +52,7 @@ def measured_loss(dense: PreTrainedModel, small: Any, stats: Calibration) -> flo
     total, training = 0.0, [module for module in dense.modules() if module.training]
     dense.eval()
     with torch.no_grad():
-        for batch in padded_batches(rows, dense.device):
+        for batch in padded_batches(rows, device_of(dense)):
             inputs = model_inputs(dense, batch)
             expected, found = dense(**inputs), small(**inputs)
             if objective.startswith("embedding"):

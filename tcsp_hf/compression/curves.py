@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ..architectures import Block, blocks_of, family_of, sites_of
 from ..calibration import Calibration
 from ..calibration.divergence import divergence, model_inputs
+from ..offload import device_of, is_offloaded, read_tensor
 from .check import objective_name, probe_sequences
 from .filters import drop_inputs
 from .heads import drop_heads, inverse_root, score_moments
@@ -39,6 +40,7 @@ _PROBE_SEQUENCES = 64
 _PROBE_TOKENS = 1024
 _PROBE_BATCH = 512  # small batches of like lengths: there are few sequences, and padding would be most of it
 _SCALE_LIMIT = 100.0
+_OFFLOADED_SHARE = 4
 
 
 @dataclass
@@ -74,7 +76,7 @@ class CurveMeasure:
         self.blocks = blocks_of(dense)
         self.norms = {site.name: site for site in sites_of(dense)}
         self.objective = objective_name(dense, stats)
-        self.device = dense.device
+        self.device = device_of(dense)
         rows = stats.sample.sequences()
         probe = probe_sequences(stats, _PROBE_SEQUENCES, _PROBE_TOKENS)
         self.probe = padded_batches(probe, self.device, _PROBE_BATCH)
@@ -154,10 +156,13 @@ class CurveMeasure:
             projector = (basis.decoder @ basis.encoder.T).to(self.device, torch.float32)
             for name in members:
                 site = self.norms[name]
+                weight = read_tensor(site.norm, "weight").to(self.device, torch.float32)
 
-                def project(module: Any, args: Any, output: torch.Tensor, site: Any = site) -> torch.Tensor:
+                def project(
+                    module: Any, args: Any, output: torch.Tensor, site: Any = site, weight: torch.Tensor = weight
+                ) -> torch.Tensor:
                     normalised = site.normalise(args[0].float())
-                    lost = (normalised @ projector.T - normalised) * module.weight.float()
+                    lost = (normalised @ projector.T - normalised) * weight
                     return output + lost.to(output.dtype)
 
                 stack.callback(site.norm.register_forward_hook(project).remove)
@@ -173,6 +178,8 @@ class CurveMeasure:
         wanted = [b for b in self.blocks if ("heads" if b.attends else "filters") in self.axes]
         rest = [b for b in self.blocks if b not in wanted]
         room = sum(p.numel() for p in self.dense.parameters()) * 4
+        if is_offloaded(self.dense):
+            room //= _OFFLOADED_SHARE  # more passes, but the weights' own room is what there is not
         portion: list[Block] = []
         used = 0
         for block in wanted:
@@ -265,11 +272,11 @@ class CurveMeasure:
 
     def _solution(self, block: Block) -> torch.Tensor:
         """The dense output linear in its normal equations' regressors, (D, inputs) float64, centred for a LayerNorm."""
-        weight = block.output.weight.detach().double()
+        weight = read_tensor(block.output, "weight").to(self.device, torch.float64)
         if self.family != "bert":
             return weight
         norm: Any = self.norms[block.reads].norm
-        gamma = norm.weight.detach().double()
+        gamma = read_tensor(norm, "weight").to(self.device, torch.float64)
         residual = torch.diag(gamma)
         nothing = torch.zeros(self.costs.full, 1, dtype=torch.float64, device=self.device)
         whole = torch.cat([weight, residual, nothing], dim=1)

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import TCSPError
+from ..offload import device_of
 from .builder import Builder
 from .plan import Costs, LossCurves, Sizes, allocate
 from .request import Request
@@ -46,7 +47,7 @@ def allocate_by_latency(
             share = (low + high) / 2
             continue
         small: Any = builder.model_class(builder.config(sizes))
-        small = small.to(device=builder.dense.device, dtype=builder.dense.dtype).eval()
+        small = small.to(device=device_of(builder.dense), dtype=builder.dense.dtype).eval()
         fraction = _time_ratio(run, builder.dense, small)
         rows.append({"flops": round(share, 4), "latency": round(fraction, 4)})
         if fraction <= target:
@@ -69,7 +70,7 @@ def allocate_by_latency(
 
 def _runner(builder: Builder, lengths: dict[str, float]) -> Callable[[PreTrainedModel], Any]:
     """Runs a model on a batch of mean length."""
-    config, device = builder.dense.config, builder.dense.device
+    config, device = builder.dense.config, device_of(builder.dense)
     generator = torch.Generator().manual_seed(0)
     inputs = {
         name: torch.randint(config.vocab_size, (_BATCH, max(1, round(lengths[stack]))), generator=generator).to(device)
@@ -89,12 +90,13 @@ def _runner(builder: Builder, lengths: dict[str, float]) -> Callable[[PreTrained
 def _time_ratio(run: Callable[[PreTrainedModel], Any], dense: PreTrainedModel, small: PreTrainedModel) -> float:
     """Median time of `small` over that of `dense`, taken in turns."""
     seconds: tuple[list[float], list[float]] = ([], [])
+    device = device_of(dense)
     for turn in range(_WARM_UP + _REPEATS):
         for model, times in zip((dense, small), seconds, strict=True):
-            _wait(dense.device)
+            _wait(device)
             started = time.perf_counter()
             run(model)
-            _wait(dense.device)
+            _wait(device)
             if turn >= _WARM_UP:
                 times.append(time.perf_counter() - started)
     return statistics.median(seconds[1]) / statistics.median(seconds[0])

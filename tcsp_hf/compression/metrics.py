@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..architectures import family_of, sites_of
 from ..calibration import Calibration
 from ..calibration.divergence import model_inputs
+from ..offload import device_of
 from .check import objective_name
 from .least_squares import Segments
 from .subspace import symmetric_root
@@ -27,7 +28,7 @@ class Metrics:
     ) -> None:
         """probe: a few padded batches, from which a T5's stream scales are taken."""
         self.stats = stats
-        self.device = dense.device
+        self.device = device_of(dense)
         self.full = stats.hidden_size
         self.family, _ = family_of(dense)
         self.sites = {site.name: site for site in sites_of(dense)}

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from ..calibration import Calibration
+from ..offload import device_of
 from .cuts import cut_filters, cut_values, head_rows
 from .heads import score_factors, score_moments
 from .least_squares import NormalEquations, ridge
@@ -31,6 +32,7 @@ from .metrics import Metrics
 from .plan import Sizes
 from .streams import Group, PackedSample, Stream
 from .subspace import Basis, balanced_spectrum, make_basis, pca_spectrum, symmetric_root
+from .weights import DenseWeights, Tensors
 
 Affine = tuple[torch.Tensor, torch.Tensor]
 
@@ -48,7 +50,7 @@ class RefitResult:
         sample: what both are in the order of.
     """
 
-    tensors: dict[str, torch.Tensor]
+    tensors: Tensors
     bases: dict[str, Basis]
     reader: Affine
     carried: Stream
@@ -72,7 +74,7 @@ class BertRefit:
     ) -> None:
         """`fixed`: subspaces that must be kept (a shared projection); None lets every site choose its own."""
         config = dense.config
-        self.device = dense.device
+        self.device = device_of(dense)
         self.full = config.hidden_size
         self.heads = config.num_attention_heads
         self.head_size = self.full // self.heads
@@ -85,12 +87,8 @@ class BertRefit:
             ACT2FN[activation] if isinstance(activation, str) else activation
         )
         self.prefix = "bert." if hasattr(dense, "bert") else ""
-        state = dense.state_dict()
-        self.weights = {
-            name.removeprefix(self.prefix): value.detach().to(self.device, torch.float32)
-            for name, value in state.items()
-            if name.startswith((f"{self.prefix}embeddings.", f"{self.prefix}encoder."))
-        }
+        self.weights = DenseWeights(dense, torch.float32, self.device)
+        self.tensors = Tensors(dense)
         self.stats = stats
         self.metrics = Metrics(dense, stats)
         self.sample = sample
@@ -104,21 +102,19 @@ class BertRefit:
         )
 
     def run(self) -> RefitResult:
-        tensors: dict[str, torch.Tensor] = {}
         with torch.no_grad(), self.bar:
-            basis, dense, carried = self._embeddings(tensors)
+            basis, dense, carried = self._embeddings()
             bases = {self.site_names[0]: basis}
             for layer in range(self.layers):
                 for block in (self._attention, self._feed_forward):
-                    basis, dense, carried = block(layer, basis, dense, carried, tensors)
+                    basis, dense, carried = block(layer, basis, dense, carried)
                     bases[self.site_names[len(bases)]] = basis
                     self.bar.update(1)
             decoder = self._decoder(2 * self.layers, basis, dense, carried)
         gamma, beta = self._norm(2 * self.layers)
         weight = gamma.double()[:, None] * decoder[:-1].T
         offset = beta.double() + gamma.double() * decoder[-1]
-        named = {f"{self.prefix}{name}": value.cpu() for name, value in tensors.items()}
-        return RefitResult(named, bases, (weight.cpu(), offset.cpu()), carried, dense, self.sample)
+        return RefitResult(self.tensors, bases, (weight.cpu(), offset.cpu()), carried, dense, self.sample)
 
     # --- the dense model ---------------------------------------------------------------------------------------
 
@@ -128,10 +124,14 @@ class BertRefit:
         else:
             block = "attention.output" if site % 2 else "output"
             name = f"encoder.layer.{(site - 1) // 2}.{block}.LayerNorm"
-        return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        return self._linear(name)
 
     def _linear(self, name: str) -> Affine:
-        return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        return self.weights[f"{self.prefix}{name}.weight"], self.weights[f"{self.prefix}{name}.bias"]
+
+    def _made(self, name: str, value: torch.Tensor) -> None:
+        """An entry of the compressed model."""
+        self.tensors[f"{self.prefix}{name}"] = value
 
     def _reading(self, name: str, site: int) -> Affine:
         """A linear that reads a site, as a function of the normalised stream n."""
@@ -199,28 +199,27 @@ class BertRefit:
     def _read(self, stream: Stream, group: Group) -> torch.Tensor:
         return stream.read(group.rows).to(self.device)
 
-    def _embeddings(self, tensors: dict[str, torch.Tensor]) -> tuple[Basis, Stream, Stream]:
-        tables = [self.weights[f"embeddings.{kind}_embeddings.weight"] for kind in ("word", "position", "token_type")]
+    def _embeddings(self) -> tuple[Basis, Stream, Stream]:
+        names = [f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")]
+        tables = [self.weights.stored(f"{self.prefix}{name}") for name in names]
         statistics = self.stats.sites[self.site_names[0]]
         basis = self._choose(0, statistics.second_moment)
         dense = self._stream(self.full)
         sums = self._stream(basis.size)
         encoder = basis.encoder.to(self.device, torch.float32)
-        for kind, table in zip(("word", "position", "token_type"), tables, strict=True):
-            centred = table - table.mean(-1, keepdim=True)
-            tensors[f"embeddings.{kind}_embeddings.weight"] = centred @ encoder
+        for name in names:
+            self._made(name, self.weights.table(f"{self.prefix}{name}", basis.encoder, centred=True))
         for group in self._groups():
             rows = group.rows
             ids = (self.sample.input_ids[rows], self.sample.positions[rows], self.sample.token_type_ids[rows])
-            stream = sum((table[i.to(self.device)] for table, i in zip(tables, ids, strict=True)), torch.tensor(0.0))
+            parts = [table[i.to(table.device)].to(self.device) for table, i in zip(tables, ids, strict=True)]
+            stream = torch.stack(parts).float().sum(0)
             normalised, scale = self._normalise(stream)
             dense.write(rows, normalised)
             sums.write(rows, (normalised * scale) @ encoder)
-        return basis, dense, self._close_site(0, basis, dense, sums, "embeddings.norm", tensors)
+        return basis, dense, self._close_site(0, basis, dense, sums, "embeddings.norm")
 
-    def _close_site(
-        self, site: int, basis: Basis, dense: Stream, sums: Stream, norm: str, tensors: dict[str, torch.Tensor]
-    ) -> Stream:
+    def _close_site(self, site: int, basis: Basis, dense: Stream, sums: Stream, norm: str) -> Stream:
         """Normalise the new sums y and fit the norm's constant; returns z."""
         encoder = basis.encoder.to(self.device, torch.float32)
         product = square = 0.0
@@ -235,7 +234,7 @@ class BertRefit:
         for group in self._groups():
             carried.write(group.rows, constant * self._unit(self._read(sums, group), basis))
         sums.close()
-        tensors[f"{norm}.weight"] = torch.full((basis.size,), constant)
+        self._made(f"{norm}.weight", torch.full((basis.size,), constant))
         return carried
 
     def _unit(self, sums: torch.Tensor, basis: Basis) -> torch.Tensor:
@@ -258,9 +257,7 @@ class BertRefit:
         weight, bias = reading
         return (weight.double() @ decoder[:-1].T).float(), (bias.double() + weight.double() @ decoder[-1]).float()
 
-    def _attention(
-        self, layer: int, basis: Basis, dense: Stream, carried: Stream, tensors: dict[str, torch.Tensor]
-    ) -> tuple[Basis, Stream, Stream]:
+    def _attention(self, layer: int, basis: Basis, dense: Stream, carried: Stream) -> tuple[Basis, Stream, Stream]:
         site, name = 2 * layer, f"encoder.layer.{layer}.attention"
         readings = [self._reading(f"{name}.self.{part}", site) for part in ("query", "key", "value")]
         decoder = self._decoder(site, basis, dense, carried)
@@ -313,17 +310,15 @@ class BertRefit:
             return read if turn is None else read @ turn.float().T
 
         for kind, index in (("weight", 0), ("bias", 1)):
-            tensors[f"{name}.self.qkv.{kind}"] = torch.cat([part[index] for part in (query, key, value)])
+            self._made(f"{name}.self.qkv.{kind}", torch.cat([part[index] for part in (query, key, value)]))
         result = self._solve_writer(
-            site + 1, f"{name}.output", equations, prior, free, read_contexts, carried, next_dense, tensors
+            site + 1, f"{name}.output", equations, prior, free, read_contexts, carried, next_dense
         )
         for stream_ in (contexts, scales, carried, dense):
             stream_.close()
         return result
 
-    def _feed_forward(
-        self, layer: int, basis: Basis, dense: Stream, carried: Stream, tensors: dict[str, torch.Tensor]
-    ) -> tuple[Basis, Stream, Stream]:
+    def _feed_forward(self, layer: int, basis: Basis, dense: Stream, carried: Stream) -> tuple[Basis, Stream, Stream]:
         site, name = 2 * layer + 1, f"encoder.layer.{layer}"
         reading = self._reading(f"{name}.intermediate.dense", site)
         inner = self._through(self._decoder(site, basis, dense, carried), reading)
@@ -346,13 +341,14 @@ class BertRefit:
         root = symmetric_root(self._metric(site + 1).cpu()).to(self.device)
         (equations, prior), kept = cut_filters((equations, prior), root, self.neurons, self.sizes.filters[layer])
         inner = inner[0][kept], inner[1][kept]
-        tensors[f"{name}.intermediate.dense.weight"], tensors[f"{name}.intermediate.dense.bias"] = inner
+        for kind, part in zip(("weight", "bias"), inner, strict=True):
+            self._made(f"{name}.intermediate.dense.{kind}", part)
 
         def kept_neurons(rows: slice) -> torch.Tensor:
             return self.activation(nn.functional.linear(carried.read(rows).to(self.device), *inner))
 
         result = self._solve_writer(
-            site + 1, f"{name}.output", equations, prior, free, kept_neurons, carried, next_dense, tensors
+            site + 1, f"{name}.output", equations, prior, free, kept_neurons, carried, next_dense
         )
         for stream_ in (scales, carried, dense):
             stream_.close()
@@ -408,7 +404,6 @@ class BertRefit:
         block: Callable[[slice], torch.Tensor],
         carried: Stream,
         next_dense: Stream,
-        tensors: dict[str, torch.Tensor],
     ) -> tuple[Basis, Stream, Stream]:
         solution = ridge(equations, prior, self._metric(site))
         if self.sizes.hidden[site] == self.full:
@@ -421,9 +416,9 @@ class BertRefit:
         written = solution @ basis.encoder.to(self.device)
         inputs = block(slice(0, 1)).shape[1]
         gamma, _ = self._norm(site - 1)
-        tensors[f"{name}.dense.weight"] = written[:inputs].T.float()
-        tensors[f"{name}.dense.bias"] = written[-1].float()
-        tensors[f"{name}.residual.weight"] = gamma if free else written[inputs:-1].T.float()
+        self._made(f"{name}.dense.weight", written[:inputs].T)
+        self._made(f"{name}.dense.bias", written[-1])
+        self._made(f"{name}.residual.weight", gamma if free else written[inputs:-1].T)
         weights = written.float()
         sums = self._stream(basis.size)
         for group in self._groups():
@@ -431,7 +426,7 @@ class BertRefit:
             total = block(group.rows).to(self.device) @ weights[:inputs] + weights[-1]
             total += mine * gamma if free else mine @ weights[inputs:-1]
             sums.write(group.rows, total)
-        carried_next = self._close_site(site, basis, next_dense, sums, f"{name}.norm", tensors)
+        carried_next = self._close_site(site, basis, next_dense, sums, f"{name}.norm")
         return basis, next_dense, carried_next
 
 

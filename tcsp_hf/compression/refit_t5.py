@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 
 from ..architectures import Block, blocks_of, sites_of
 from ..calibration import Calibration
+from ..offload import device_of, read_tensor
 from .check import probe_sequences
 from .cuts import cut_filters, cut_values, head_rows
 from .heads import score_factors, score_moments
@@ -27,6 +28,7 @@ from .metrics import Metrics
 from .plan import Sizes
 from .streams import Group, PackedSample, Stream, padded_batches
 from .subspace import Basis, symmetric_root
+from .weights import Tensors
 
 _PROBE_SEQUENCES, _PROBE_TOKENS = 64, 4096
 
@@ -42,7 +44,7 @@ class T5Refit:
         kept_heads: indices of the kept heads, for every attention block in the order of the forward pass.
     """
 
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: Tensors
     lifts: dict[str, torch.Tensor] = field(default_factory=dict)
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
     kept_heads: list[list[int]] = field(default_factory=list)
@@ -80,7 +82,7 @@ class _Stack:
         self.basis, self.sizes, self.metrics, self.result = basis, sizes, metrics, result
         self.memory = memory
         self.numbers = numbers  # index of each block in the lists of `Sizes`, by the site it writes to
-        self.device = dense.device
+        self.device = device_of(dense)
         self.full, self.heads, self.head_size, self.neurons = (
             config.d_model,
             config.num_heads,
@@ -117,7 +119,7 @@ class _Stack:
 
     def _gamma(self, name: str) -> torch.Tensor:
         norm: Any = self.sites[name].norm
-        return norm.weight.detach().to(self.device, torch.float64)
+        return read_tensor(norm, "weight").to(self.device, torch.float64)
 
     def _norm_name(self, name: str) -> str:
         if name.endswith(".final"):
@@ -141,10 +143,10 @@ class _Stack:
         return (stream.square().mean(-1, keepdim=True) + eps).sqrt()
 
     def _embed(self) -> tuple[Stream, Stream]:
-        table = self.dense.get_input_embeddings().weight.detach().float()
+        table = read_tensor(self.dense.get_input_embeddings(), "weight")
         stream, own = self._stream(self.full), self._stream(self.basis.size)
         for group in self.sample.groups:
-            rows = table[self.sample.input_ids[group.rows].to(self.device)]
+            rows = table[self.sample.input_ids[group.rows].to(table.device)].to(self.device, torch.float32)
             stream.write(group.rows, rows)
             own.write(group.rows, rows @ self.encoder)
         return stream, own
@@ -190,7 +192,7 @@ class _Stack:
         equations.add(inputs, target, weights, held_out, segments, self.metrics.coherence(name))
 
     def _weights(self, block: Block) -> list[torch.Tensor]:
-        return [linear.weight.detach().to(self.device, torch.float32) for linear in block.inner]
+        return [read_tensor(linear, "weight").to(self.device, torch.float32) for linear in block.inner]
 
     def _readers(self, weights: list[torch.Tensor], gamma: torch.Tensor, decoder: torch.Tensor) -> list[torch.Tensor]:
         """Linears of gamma * n, as linears of z."""
@@ -213,7 +215,7 @@ class _Stack:
             cut: from a problem and the root of its metric, the smaller problem and the map or the indices of the
                 inputs that are left (None: all).
         """
-        output = block.output.weight.detach().to(self.device, torch.float64)
+        output = read_tensor(block.output, "weight").to(self.device, torch.float64)
         prior = output.T @ self.encoder.double()
         equations = NormalEquations.zeros(output.shape[1], self.basis.size, self.device, bias=False)
         next_stream = self._stream(self.full)
@@ -252,7 +254,7 @@ class _Stack:
         gamma = self._gamma(block.reads)
         dense_weights = [(weight * gamma).float() for weight in self._weights(block)]
         mine = self._readers(self._weights(block), gamma, decoder)
-        output = block.output.weight.detach().to(self.device, torch.float32)
+        output = read_tensor(block.output, "weight").to(self.device, torch.float32)
         keep = self.sizes.filters[self.numbers[block.writes]]
         found: dict[str, torch.Tensor] = {}
 
@@ -339,7 +341,7 @@ class _Stack:
             mine[0], mine[1] = (
                 torch.block_diag(*factor).to(weight) @ weight for factor, weight in zip(factors, mine[:2], strict=True)
             )
-        output = block.output.weight.detach().to(self.device, torch.float32)
+        output = read_tensor(block.output, "weight").to(self.device, torch.float32)
         contexts = self._stream(self.heads * self.head_size)
         for group in self.sample.groups:
             states = self._read(carried, group)
@@ -395,13 +397,13 @@ def refit_t5(
 ) -> T5Refit:
     """Refit both stacks (or the only one) in these subspaces; sizes as for `Builder.build`."""
     sequences = stats.sample.sequences()
-    probe = padded_batches(probe_sequences(stats, _PROBE_SEQUENCES, _PROBE_TOKENS), dense.device)
+    probe = padded_batches(probe_sequences(stats, _PROBE_SEQUENCES, _PROBE_TOKENS), device_of(dense))
     metrics = Metrics(dense, stats, probe)
     blocks = blocks_of(dense)
     numbers: dict[str, int] = {}
     for chosen in ([b for b in blocks if b.attends], [b for b in blocks if not b.attends]):
         numbers.update({block.writes: i for i, block in enumerate(chosen)})
-    result = T5Refit()
+    result = T5Refit(Tensors(dense))
     bar = tqdm(total=len(blocks), unit="block", desc="refit", disable=None if progress is None else not progress)
     memory: _Memory | None = None
     with torch.no_grad(), bar:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..architectures import family_of
 from ..calibration.divergence import model_inputs
 from ..calibration.inputs import Batch
+from ..offload import put_forward_back
 
 
 class Replay:
@@ -66,10 +67,11 @@ def _replaced(layers: Sequence[Any], outputs: Sequence[Any]) -> Iterator[None]:
     def returning(output: Any) -> Any:
         return lambda *_args, **_kwargs: output
 
+    before = [vars(layer).get("forward") for layer in layers]
     try:
         for layer, output in zip(layers, outputs, strict=False):
             layer.forward = returning(output)
         yield
     finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+        for layer, own in zip(layers, before, strict=True):
+            put_forward_back(layer, own)

@@ -1,12 +1,14 @@
 """Counting: parameters before and after, with and without embeddings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from ..offload import distinct_parameters, identity
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,14 @@ class ParameterCount:
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count each distinct parameter once; buffers (the lift map) are not parameters."""
-    seen: dict[int, int] = {id(p): p.numel() for p in model.parameters()}
-    tables: set[int] = set()
+    seen = {identity(module, own): getattr(module, own).numel() for _, module, own in distinct_parameters(model)}
+    tables: set[Hashable] = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and not name.endswith("relative_attention_bias"):
-            tables.add(id(module.weight))
+            tables.add(identity(module, "weight"))
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if output is not None:
-        tables.add(id(output.weight))
+        tables.add(identity(output, "weight"))
     return ParameterCount(sum(seen.values()), sum(count for key, count in seen.items() if key in tables))
 
 
@@ -93,9 +95,9 @@ def size_table(dense: nn.Module, small: nn.Module) -> SizeTable:
 
 def _by_place(model: nn.Module) -> dict[str, int]:
     found: dict[str, int] = {}
-    for name, parameter in model.named_parameters():  # shared parameters are named once
+    for name, module, own in distinct_parameters(model):  # shared parameters are named once
         place = _place(name)
-        found[place] = found.get(place, 0) + parameter.numel()
+        found[place] = found.get(place, 0) + getattr(module, own).numel()
     return found
 
 

@@ -7,12 +7,12 @@ from transformers import PreTrainedModel
 
 from .. import modeling_tcsp_t5
 from ..architectures import blocks_of
+from ..offload import identity
 from .plan import Sizes
 from .refit_t5 import T5Refit
 from .subspace import Basis
-from .weights import DenseWeights
+from .weights import DenseWeights, Tensors
 
-Tensors = dict[str, torch.Tensor]
 LM_HEAD, TABLE = "lm_head.weight", "shared.weight"
 
 
@@ -68,24 +68,24 @@ def keeps_tie(dense: PreTrainedModel, widths: dict[str, int]) -> bool:
     the tie: the head reads `table @ diag(gamma) B`, which is the embeddings' `table @ B` for no diagonal norm.
     """
     head = getattr(dense, "lm_head", None)
-    tied = head is not None and head.weight is dense.get_input_embeddings().weight
+    tied = head is not None and identity(head, "weight") == identity(dense.get_input_embeddings(), "weight")
     return tied and keeps_coordinates(dense, widths)
 
 
 def assemble(dense: PreTrainedModel, bases: dict[str, Basis], made: T5Refit) -> Tensors:
     """State dict of a refit model: the solved blocks, and the heads that read them."""
-    tensors = {**project(dense, bases), **made.tensors}
+    tensors = project(dense, bases, made.tensors)
     prefix = "transformer." if hasattr(dense, "transformer") else ""
     for stack, lift in made.lifts.items():
         tensors[f"{prefix}{stack}.lift_map.weight"] = lift
     last = list(made.lifts)[-1]
-    tensors |= project_heads(dense, DenseWeights(dense), made.lifts[last])
+    tensors.update(project_heads(dense, DenseWeights(dense), made.lifts[last]))
     if keeps_tie(dense, {name: basis.size for name, basis in bases.items()}):
-        tensors |= _tied_end(dense, made.scales[last])
+        tensors.update(_tied_end(dense, made.scales[last]))
     return tensors
 
 
-def _tied_end(dense: PreTrainedModel, scale: torch.Tensor) -> Tensors:
+def _tied_end(dense: PreTrainedModel, scale: torch.Tensor) -> dict[str, torch.Tensor]:
     """The decoder's last norm with its own weight times `scale` (D,), and a head that is the embedding table.
 
     Hidden states are then the dense model's: nothing is left to lift.
@@ -95,15 +95,19 @@ def _tied_end(dense: PreTrainedModel, scale: torch.Tensor) -> Tensors:
     return {
         "decoder.final_layer_norm.weight": gamma * scale,
         "decoder.lift_map.weight": torch.eye(len(gamma), dtype=torch.float64),
-        LM_HEAD: source[TABLE],
+        LM_HEAD: source.stored(TABLE),
     }
 
 
-def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
-    """State dict of the compressed model; all sites of a stack hold the same decoder and encoder, with own gains."""
+def project(dense: PreTrainedModel, bases: dict[str, Basis], made: Tensors | None = None) -> Tensors:
+    """State dict of the compressed model; all sites of a stack hold the same decoder and encoder, with own gains.
+
+    made: entries that a refit solved already, which stay as they are.
+    """
     source = DenseWeights(dense)
     prefix = "transformer." if hasattr(dense, "transformer") else ""
-    result: Tensors = {}
+    result = Tensors(dense) if made is None else made
+    solved = set(result)
     size = dense.config.d_model
 
     def norm_scale(basis: Basis) -> torch.Tensor:
@@ -130,9 +134,10 @@ def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
                 block = f"{top}.block.{i}.layer.{j}"
                 gamma = source[f"{block}.layer_norm.weight"]
                 reader = gamma[:, None] * basis.decoder
-                result[f"{block}.layer_norm.weight"] = norm_scale(basis)
+                if f"{block}.layer_norm.weight" not in solved:
+                    result[f"{block}.layer_norm.weight"] = norm_scale(basis)
                 module = {"attention": "SelfAttention", "cross": "EncDecAttention", "ffn": "DenseReluDense"}[part]
-                for key in [key for key in source if key.startswith(f"{block}.{module}.")]:
+                for key in [key for key in source if key.startswith(f"{block}.{module}.") and key not in solved]:
                     kind = key.split(".")[-2]
                     if kind in ("o", "wo"):
                         result[key] = basis.encoder.T @ source[key]
@@ -144,21 +149,26 @@ def project(dense: PreTrainedModel, bases: dict[str, Basis]) -> Tensors:
                         result[key] = source[key] @ reader
         last = bases[f"{stack}.final"]
         gamma = source[f"{top}.final_layer_norm.weight"]
-        result[f"{top}.final_layer_norm.weight"] = norm_scale(last)
-        result[f"{top}.lift_map.weight"] = gamma[:, None] * last.decoder
+        if f"{top}.final_layer_norm.weight" not in solved:
+            result[f"{top}.final_layer_norm.weight"] = norm_scale(last)
+        lift = gamma[:, None] * last.decoder
+        result[f"{top}.lift_map.weight"] = lift
         result[f"{top}.lift_map.bias"] = torch.zeros(size, dtype=torch.float64)
 
-    reader = result[f"{prefix}{stacks[-1]}.lift_map.weight"]
-    result |= project_heads(dense, source, reader)
+    if made is None:
+        result.update(project_heads(dense, source, lift))
     if keeps_tie(dense, {name: basis.size for name, basis in bases.items()}):
-        result |= _tied_end(dense, torch.ones(size, dtype=torch.float64))
+        result.update(_tied_end(dense, torch.ones(size, dtype=torch.float64)))
     return result
 
 
-def project_heads(dense: PreTrainedModel, source: DenseWeights, reader: torch.Tensor) -> Tensors:
+def project_heads(dense: PreTrainedModel, source: DenseWeights, reader: torch.Tensor) -> dict[str, torch.Tensor]:
     """What reads the last hidden states; reader (D, k): dense hidden state ~ reader @ z."""
-    result: Tensors = {}
-    for name in ("lm_head", "qa_outputs", "classifier", "classification_head.dense"):
+    result: dict[str, torch.Tensor] = {}
+    if LM_HEAD in source:
+        scaled = getattr(dense.config, "scale_decoder_outputs", False)
+        result[LM_HEAD] = source.table(LM_HEAD, reader * dense.config.d_model**-0.5 if scaled else reader)
+    for name in ("qa_outputs", "classifier", "classification_head.dense"):
         if f"{name}.weight" in source:
             result[f"{name}.weight"] = source[f"{name}.weight"] @ reader
             if f"{name}.bias" in source:
@@ -166,6 +176,4 @@ def project_heads(dense: PreTrainedModel, source: DenseWeights, reader: torch.Te
     for kind in ("weight", "bias"):
         if f"classification_head.out_proj.{kind}" in source:
             result[f"classification_head.out_proj.{kind}"] = source[f"classification_head.out_proj.{kind}"]
-    if LM_HEAD in result and getattr(dense.config, "scale_decoder_outputs", False):
-        result[LM_HEAD] *= dense.config.d_model**-0.5
     return result

@@ -6,6 +6,7 @@ from .budget import budget_command
 from .calibrate import calibrate_bench_command
 from .compose import compose_command
 from .latency import latency_command
+from .load import load_command
 from .mteb import mteb_command
 from .paper import paper_command
 from .plain_bert import plain_bert_command
@@ -21,6 +22,7 @@ bench_app.command("quality")(quality_command)
 bench_app.command("summary")(summary_command)
 bench_app.command("calibrate")(calibrate_bench_command)
 bench_app.command("latency")(latency_command)
+bench_app.command("load")(load_command)
 bench_app.command("paper")(paper_command)
 bench_app.command("compose")(compose_command)
 bench_app.command("mteb")(mteb_command)
