@@ -11,6 +11,7 @@ import transformers
 from common import UNEVEN, D, find, make_small
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 import tcsp_hf
 from tcsp_hf import TCSPBertConfig, TCSPConfig, TCSPT5Config
@@ -419,14 +420,14 @@ def test_projection_of_a_real_model_is_valid():
         ({"num_labels": 1 << 40}, "num_labels is"),
         ({"attn_implementation": 3}, "attn_implementation is 3"),
         ({"hidden_dropout_prob": None}, "hidden_dropout_prob is None"),
-        ({"id2label": [1]}, "id2label is"),
+        ({"id2label": [1]}, "id2label"),
         ({"use_cache": "yes"}, "use_cache is 'yes'"),
-        ({"problem_type": "other"}, "problem_type is 'other'"),
+        ({"problem_type": "other"}, "(?s)problem_type.*other"),
         ({"auto_map": 3}, "auto_map is 3"),
         ({"to_dict": 3}, "no field 'to_dict'"),
     ],
 )
 def test_inherited_fields_are_checked(fields: dict[str, Any], message: str) -> None:
     """What transformers' own configuration would take, to fail on it later. Found by `tcsp selftest`."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, StrictDataclassFieldValidationError), match=message):  # the latter in 5.17
         TCSPBertConfig.from_dict({"model_type": "tcsp_bert", **fields})

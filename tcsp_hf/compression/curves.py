@@ -442,15 +442,17 @@ def _first(rows: list[dict[str, list[int]]], tokens: int) -> list[dict[str, list
 @contextmanager
 def _eager(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode with attention that returns its probabilities; everything is put back afterwards."""
-    before = model.config._attn_implementation
+    # the stacks of a T5 have configurations of their own, which transformers 5.17 leaves alone
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    before = [part.config._attn_implementation for part in parts]
     training = [module for module in model.modules() if module.training]
     model.eval()
-    if before != "eager":
-        model.set_attn_implementation("eager")
+    for part in parts:
+        part.set_attn_implementation("eager")
     try:
         yield
     finally:
-        if before != "eager":
-            model.set_attn_implementation(before)
+        for part, name in zip(parts, before, strict=True):
+            part.set_attn_implementation(name)
         for module in training:
             module.training = True
