@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 from common import UNEVEN, D, find, make_small
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 import tcsp_hf
 from tcsp_hf import TCSPBertConfig, TCSPConfig, TCSPT5Config
