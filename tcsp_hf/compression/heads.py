@@ -50,7 +50,7 @@ def score_factors(query_moment: torch.Tensor, key_moment: torch.Tensor, size: in
 
 
 def value_factors(moments: torch.Tensor, weights: torch.Tensor, heads: int, head_size: int, size: int) -> torch.Tensor:
-    """Maps (H, size, d): which combinations of each head's values to keep.
+    """Maps (H, size, d) of unit rows: which combinations of each head's values to keep.
 
     Head after head, in the basis in which the rest of the inputs explains nothing twice: the d values of a head are
     turned so that dropping one costs its squared singular value, the cheapest go, and the optimal brain surgeon's
@@ -83,7 +83,8 @@ def value_factors(moments: torch.Tensor, weights: torch.Tensor, heads: int, head
         correction = core @ inverse[gone][:, stays]
         weights = weights[:, stays] - weights[:, gone] @ correction
         inverse = inverse[stays][:, stays] - inverse[stays][:, gone] @ correction
-        kept.append(turn[:size])
+        # unit rows: values as large as they were. Whitened ones are a thousandth, which fine-tuning does not survive
+        kept.append(turn[:size] / turn[:size].norm(dim=1, keepdim=True))
         offset += size
     return torch.stack(kept)
 
