@@ -153,6 +153,8 @@ def test_nothing_to_weigh_with():
     with pytest.raises(TCSPError, match="needs gradients"):
         spectrum("balanced", moment(0), None, 0.3)
     assert spectrum("pca", moment(0), None, 0.3).cut(3).size == 3
+    nothing = spectrum("pca", zero, None, 0.3).cut(3)  # a site that was zero throughout
+    assert nothing.size == 3 and nothing.kept_energy == nothing.gain == 1.0
 
 
 @given(seeds, st.floats(1e-6, 1.0))
