@@ -236,7 +236,9 @@ def test_gradient_checkpointing(case: Case):
     )
     model = make_uneven(case, torch.float64, **no_dropout).train()
     plain = _gradients(case, model)
-    assert [name for name, gradient in plain.items() if gradient is None or not gradient.any()] == []
+    still = {name for name, gradient in plain.items() if gradient is None or not gradient.any()}
+    assert still <= {"qa_outputs.bias"}, "its softmax over positions does not see a constant"
+    assert all(gradient is not None for gradient in plain.values())
     model.zero_grad()
     _enable_checkpointing(model)
     calls = []

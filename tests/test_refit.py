@@ -411,8 +411,8 @@ def test_only_what_reads_the_first_token_leaves_the_others_idle(name: str, idle:
     case = find(name)
     model = make_dense(case, torch.float32)
     metrics = Metrics(model, calibrated(case, model))
-    last = [site.name for site in sites_of(model) if site.name != "mlm_head"][-1]
-    weights = metrics.token_weights(last, torch.ones(1, 4, dtype=torch.bool))
-    assert weights.tolist() == ([1.0, *[pytest.approx(IDLE_WEIGHT)] * 3] if idle else [1.0] * 4)
-    first = metrics.token_weights(sites_of(model)[0].name, torch.ones(1, 4, dtype=torch.bool))
-    assert first.tolist() == [1.0] * 4
+    sites = [site.name for site in sites_of(model) if site.name != "mlm_head"]
+    seen = [metrics.token_weights(site, torch.ones(1, 4, dtype=torch.bool)).tolist() for site in sites]
+    every, one = [1.0] * 4, [1.0, *[pytest.approx(IDLE_WEIGHT)] * 3]
+    # the last layer's keys and values read every token; what follows its attention only the first
+    assert seen == [every] * (len(sites) - 2 * idle) + [one] * (2 * idle)

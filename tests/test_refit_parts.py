@@ -38,7 +38,10 @@ Rows = list[torch.Tensor]
 
 @dataclass
 class Refit:
-    """A refit model, its dense source, and everything that both compute, by sequence (tokens, width) in float64."""
+    """A refit model, its dense source, and everything that both compute, by sequence (tokens, width) in float64.
+
+    `cuts` and `metrics`, block by block: what was cut, and the metric of the errors by which it was chosen.
+    """
 
     case: Case
     dense: PreTrainedModel
@@ -47,6 +50,7 @@ class Refit:
     sizes: Sizes
     bases: dict[str, Basis] = field(default_factory=dict)
     cuts: list[tuple[str, Any, Any]] = field(default_factory=list)
+    metrics: list[torch.Tensor] = field(default_factory=list)
     sums: dict[str, Rows] = field(default_factory=dict)
     seen: dict[str, Rows] = field(default_factory=dict)
 
@@ -68,12 +72,14 @@ def make_refit(case: Case, sizes: Sizes, rows: int, monkeypatch: pytest.MonkeyPa
     stats = calibrate(dense, make_rows(case, rows), batch_size=16, progress=False)
     module = import_module(f"tcsp_hf.compression.refit_{case.family}")
     cuts: list[tuple[str, Any, Any]] = []
+    metrics: list[torch.Tensor] = []
 
     def recorded(name: str) -> None:
         original = getattr(module, name)
 
         def cut(*args: Any) -> Any:
             found = original(*args)
+            metrics.append(args[1] @ args[1].T)
             cuts.append((name, found[-1], found[1] if name == "cut_values" else None))
             return found
 
@@ -90,7 +96,7 @@ def make_refit(case: Case, sizes: Sizes, rows: int, monkeypatch: pytest.MonkeyPa
         cut_bases = COMPRESS._cut_bases
         monkeypatch.setattr(COMPRESS, "_cut_bases", lambda *args: (found := cut_bases(*args), bases.update(found))[0])
     small = compress(dense, stats, hidden_size=D // 2, axes=("hidden",), refit=True, multiple_of=1, **options)
-    refit = Refit(case, dense, stats, small, sizes, bases, cuts)
+    refit = Refit(case, dense, stats, small, sizes, bases, cuts, metrics)
     run_both(refit)
     return refit
 
@@ -285,6 +291,7 @@ class BertProblems:
         weights = [w / s[:, 0].square() for w, s in zip(self.weights(site), self.scales[name], strict=True)]
         problem = self.problem(site, inputs, targets, weights)
         kind, kept, turn = refit.cuts[site - 1]
+        assert_one_of(refit.metrics[site - 1], [self.metric(site)], f"metric of the cut before {name}")
         output = self.state[f"{layer}.dense.weight"].T
         if kind == "cut_filters":
             output = output[kept]
@@ -512,6 +519,7 @@ class T5Problems:
         elif turn is not None:
             output = torch.linalg.pinv(turn.double()).T @ output
         metric = basis.decoder.T @ self.metric(name) @ basis.decoder
+        assert_one_of(refit.metrics[number], [metric], f"metric of the cut before {name}")
         found = of_small(refit, block.output).weight.detach().T
         assert_one_of(found, problem.solutions(output @ basis.encoder, metric, False), f"written at {name}")
 
