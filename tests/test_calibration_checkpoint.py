@@ -1,6 +1,5 @@
 """Calibrations that are interrupted and go on, and calibrations on two processes."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 import torch
 from common import Case, dense_and_statistics, find, make_dense, make_rows
 from datasets import Dataset
+from processes import environment, on_two_ranks
 from torch.utils.data import DataLoader
 
 from tcsp_hf import Calibration, TCSPError, calibrate
@@ -133,11 +133,6 @@ def test_places_that_cannot_hold_a_checkpoint(tmp_path: Path) -> None:
 # Other processes ----------------------------------------------------------------------------------------------------
 
 
-def environment(**fields: str) -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **fields}
-
-
 _SLOWLY = """
 import sys, time, torch
 torch.set_num_threads(1)
@@ -197,8 +192,7 @@ with launched():
 
 
 def launch(*arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
+    done = on_two_ranks(*arguments)
     assert done.returncode == 0, done.stderr
 
 

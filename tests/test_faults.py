@@ -7,7 +7,6 @@ full disks, memory limits and missing rights are `tcsp selftest`'s.
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ import pytest
 import torch
 from common import find
 from hub_server import Hub
-from test_calibration_checkpoint import assert_bit_equal, environment
+from processes import on_two_ranks
+from test_calibration_checkpoint import assert_bit_equal
 from test_push import run_script, save
 from training import same
 
@@ -69,25 +69,20 @@ with launched() as first:
 """
 
 
-def two_processes(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
-
-
 @pytest.mark.slow
 def test_a_rank_killed_in_the_calibration(tmp_path: Path) -> None:
     """The others end with an error, nothing is written, and the next run goes on where it was."""
     (tmp_path / "rank.py").write_text(_CALIBRATE)
-    whole = two_processes(str(tmp_path / "rank.py"), str(tmp_path / "whole"), "-1", "0")
+    whole = on_two_ranks(str(tmp_path / "rank.py"), str(tmp_path / "whole"), "-1", "0")
     assert whole.returncode == 0, whole.stderr
     expected = Calibration.load(tmp_path / "whole" / "stats")
     for number in range(ROUNDS or 1):
         folder = tmp_path / str(number)
         victim, batch = str((number + SEED) % 2), str(2 + (number // 2 + SEED) % 4)
-        done = two_processes(str(tmp_path / "rank.py"), str(folder), victim, batch)
+        done = on_two_ranks(str(tmp_path / "rank.py"), str(folder), victim, batch)
         assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr
         assert not (folder / "stats").exists()
-        again = two_processes(str(tmp_path / "rank.py"), str(folder), "-1", "0")
+        again = on_two_ranks(str(tmp_path / "rank.py"), str(folder), "-1", "0")
         assert again.returncode == 0, again.stderr
         batches = int((folder / f"batches-{victim}").read_text())
         assert batches == 5 - int(batch) + 1, "what was summed before the kill is not summed again"
@@ -113,6 +108,7 @@ trainer = make_plain_trainer(folder / "run", ddp_backend="gloo", **{fields})
 trainer.add_callback(Kill())
 trainer.train(resume_from_checkpoint={resume})
 torch.save(weights(trainer.model), folder / f"{{rank}}.pt")
+torch.distributed.destroy_process_group()
 """
 
 
@@ -126,7 +122,7 @@ def test_a_rank_killed_in_the_training(tmp_path: Path) -> None:
         tests = str(Path(__file__).parent)
         options = {"tests": tests, "folder": str(folder), "victim": victim, "step": 2, "resume": resume}
         script.write_text(_TRAIN.format(**options, fields=repr(fields)))
-        return two_processes(str(script))
+        return on_two_ranks(str(script))
 
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()

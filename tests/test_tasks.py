@@ -13,6 +13,7 @@ from common import find, make_dense, make_tokenizer
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import on_two_ranks
 from scipy import stats
 from sklearn import metrics as sk
 from test_cli import tcsp
@@ -284,6 +285,25 @@ def test_finetune_train_evaluate(
     # a run whose checkpoints are there goes on from them: nothing is left to train
     resumed = json.loads(tcsp(*arguments, "--checkpoints", tmp_path / "run", "--overwrite"))
     assert resumed["scores"] == found["scores"]
+
+
+@pytest.mark.slow
+def test_commands_on_two_processes(data: Path, base: Path, tmp_path: Path) -> None:
+    """The first one writes and prints, once, and a rerun is refused by both."""
+    dense, small = tmp_path / "dense", tmp_path / "small"
+    common = ("--task", "mrpc", "--json", "--max-length", "30", "--epochs", "1")
+    for told in (
+        ("finetune", "--model", str(base), "-o", str(dense), *common),
+        ("train", "--model", str(dense), "-o", str(small), "--hidden-size", "16", *common),
+    ):
+        done = on_two_ranks("-m", "tcsp_hf", *told, TCSP_DATA_DIR=str(data))
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["steps"] == 1, "64 rows, 32 for each process"
+        again = on_two_ranks("-m", "tcsp_hf", *told, TCSP_DATA_DIR=str(data))
+        assert again.returncode != 0 and "is not empty" in again.stderr
+    assert AutoModel.from_pretrained(small).config.hidden_size == 16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "small"]
 
 
 def test_finetune_from_a_configuration(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from common import Case, find, make_dense, make_small, make_tokenizer, planted
 from datasets import Dataset
+from processes import on_two_ranks
 from training import make_arguments, make_data, make_plain_trainer, make_trainer, same, weights
 from transformers import TrainerCallback, TrainingArguments
 
@@ -320,20 +321,16 @@ if broken == 1:
 trainer.train()
 found = {{"weights": weights(trainer.model), "projection": trainer.model.config.projection}}
 torch.save(found, folder / f"{{rank}}.pt")
+torch.distributed.destroy_process_group()
 """
 
 
 def two_ranks(folder: Path, broken: int = 0, **fields: Any) -> subprocess.CompletedProcess[str]:
     folder.mkdir()
     tests = str(Path(__file__).parent)
-    return on_two_ranks(folder, _RANK.format(tests=tests, folder=str(folder), fields=repr(fields), broken=broken))
-
-
-def on_two_ranks(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
     script = folder / "script.py"
-    script.write_text(text)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+    script.write_text(_RANK.format(tests=tests, folder=str(folder), fields=repr(fields), broken=broken))
+    return on_two_ranks(str(script))
 
 
 @pytest.mark.slow
@@ -391,7 +388,9 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 def test_sharded_parameters_get_the_same_gradients(tmp_path: Path) -> None:
     """FSDP2 on two processes. accelerate has it for accelerators alone, so PyTorch's own call stands for it here."""
-    done = on_two_ranks(tmp_path, _SHARDED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    script = tmp_path / "script.py"
+    script.write_text(_SHARDED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    done = on_two_ranks(str(script))
     assert done.returncode == 0, done.stderr
 
 

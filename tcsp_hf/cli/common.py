@@ -1,18 +1,24 @@
 """What the commands share: options, tables, output."""
 
 import json
+import os
 import shlex
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import datasets
+import torch.distributed as dist
 import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import TCSPError
+from ..files import new_folder
 from ..publish.card import shown_path
 
 ModelArgument = Annotated[str, typer.Argument(help="Name on the Hub, or a folder.", show_default=False)]
@@ -81,6 +87,25 @@ def command_line(context: typer.Context) -> str:
         else:
             options += [parameter.opts[0], shown_path(str(value))]
     return shlex.join(["tcsp", context.info_name or "", *words, *options])
+
+
+@contextmanager
+def trained_folder(path: Path, overwrite: bool) -> Iterator[tuple[Path, bool]]:
+    """Where a training writes, and whether this process is the first of those that torchrun started.
+
+    The first one fills a `new_folder`; what the others write goes away. At the end they leave their group, which the
+    Trainer made them join: a process that ends in it can take its threads down with an abort.
+    """
+    try:
+        if int(os.environ.get("RANK", "0")) == 0:
+            with new_folder(path, overwrite) as staging:
+                yield staging, True
+        else:
+            with tempfile.TemporaryDirectory(prefix="tcsp-") as folder:
+                yield Path(folder), False
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def columns_of(value: str | None) -> tuple[str, ...] | None:

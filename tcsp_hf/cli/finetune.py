@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..data.sources import first_rows
-from ..files import check_output_folder, new_folder
+from ..files import check_output_folder
 from ..loading import load_model, load_tokenizer, resolve_name
 from ..tasks import TASKS, find_task, score
 from ..tasks.table import Task
@@ -25,6 +25,7 @@ from .common import (
     print_json,
     print_table,
     progress_of,
+    trained_folder,
 )
 
 TaskOption = Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")]
@@ -86,6 +87,8 @@ def finetune_command(
     """Fine-tune a model, dense or compressed, on a task. The last weights are kept: no score selects them.
 
     Example: tcsp finetune --model google-bert/bert-base-uncased --task mrpc -o bert-mrpc/
+
+    On several processes: accelerate launch -m tcsp_hf finetune ..., or torchrun.
     """
     chosen = find_task(task)
     check_output_folder(output, overwrite)
@@ -96,8 +99,10 @@ def finetune_command(
     name = resolve_name(model)
     tokenizer = load_tokenizer(name)
     found, chosen_form = load_for_task(name, chosen, form, seed, random_weights)
-    with new_folder(output, overwrite) as staging:
+    with trained_folder(output, overwrite) as (staging, first):
         took = finetune(found, tokenizer, chosen, rows, schedule, staging / "trainer", bars_hidden(quiet, as_json))
+        if not first:
+            return
         _remove_empty(staging / "trainer")
         found.save_pretrained(staging)
         tokenizer.save_pretrained(staging)

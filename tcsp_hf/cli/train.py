@@ -10,12 +10,12 @@ import typer
 from ..compression import removed_fraction
 from ..data.sources import first_rows, load_data
 from ..errors import TCSPError
-from ..files import check_output_folder, new_folder
+from ..files import check_output_folder
 from ..loading import load_model, load_tokenizer, resolve_name
 from ..tasks import TASKS, find_task, score
 from ..train.distil import run_training, task_trainer
 from ..train.finetune import Schedule, choose_rows
-from .common import JsonOption, OverwriteOption, QuietOption, print_json, print_table, progress_of
+from .common import JsonOption, OverwriteOption, QuietOption, print_json, print_table, progress_of, trained_folder
 from .finetune import (
     BatchSizeOption,
     Bf16Option,
@@ -73,6 +73,8 @@ def train_command(
     """Calibrate, compress and fine-tune with the dense model as teacher. The last weights are kept.
 
     Example: tcsp train --model bert-mrpc/ --task mrpc --remove 0.6 -o small/
+
+    On several processes: accelerate launch -m tcsp_hf train ..., or torchrun.
     """
     if (remove is None) == (hidden_size is None):
         raise TCSPError("Give one of --remove and --hidden-size.")
@@ -98,7 +100,7 @@ def train_command(
         "temperature": temperature,
         "hidden_weight": hidden_weight,
     }
-    with new_folder(output, overwrite) as staging:
+    with trained_folder(output, overwrite) as (staging, first):
         folder = staging / "trainer" if checkpoints is None else checkpoints
         saving: dict[str, Any] = {} if checkpoints is None else {"save_strategy": "epoch", "save_total_limit": 2}
         trainer = task_trainer(
@@ -113,6 +115,8 @@ def train_command(
             **saving,
         )
         small, took = run_training(trainer, resume=checkpoints is not None)
+        if not first:
+            return
         if checkpoints is None and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
         small.save_pretrained(staging)

@@ -58,6 +58,7 @@ class Schedule:
             "weight_decay": self.weight_decay,
             "seed": self.seed,
             "bf16": self.bf16,
+            "use_cpu": not torch.accelerator.is_available(),  # said, so that processors join as ranks too
             "train_sampling_strategy": "group_by_length",  # little padding
             "save_strategy": "no",
             "dataloader_pin_memory": torch.cuda.is_available(),
