@@ -289,7 +289,7 @@ def test_finetune_train_evaluate(
 
 @pytest.mark.slow
 def test_commands_on_two_processes(data: Path, base: Path, tmp_path: Path) -> None:
-    """The first one writes and prints, once, and a rerun is refused by both."""
+    """All train, each on its share; the first one writes and prints, once."""
     dense, small = tmp_path / "dense", tmp_path / "small"
     common = ("--task", "mrpc", "--json", "--max-length", "30", "--epochs", "1")
     for told in (
@@ -300,8 +300,6 @@ def test_commands_on_two_processes(data: Path, base: Path, tmp_path: Path) -> No
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         assert found["steps"] == 1, "64 rows, 32 for each process"
-        again = on_two_ranks("-m", "tcsp_hf", *told, TCSP_DATA_DIR=str(data))
-        assert again.returncode != 0 and "is not empty" in again.stderr
     assert AutoModel.from_pretrained(small).config.hidden_size == 16
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "small"]
 
