@@ -392,6 +392,7 @@ class BertProblems:
             for one in self.decoders(2 * self.layers)
         ]
         assert_one_of(self.made_linear("lift_map"), expected, "lift")
+        assert_one_of(self.made["lift_map.bias"], [one[:, -1] for one in expected], "offset of the lift")
 
 
 @pytest.mark.parametrize(
