@@ -410,6 +410,12 @@ def test_bert(head: str, sizes: Sizes, rows: int, options: dict[str, Any], monke
     assert list(refit.small.config.site_widths().values()) == sizes.hidden
     problems = BertProblems(refit, options.get("subspace", "balanced"))
     basis = refit.bases["embeddings"]
+    first = refit.stats.sites["embeddings"]
+    spectrum = pca_spectrum(first.second_moment)
+    if problems.subspace == "balanced" and basis.size < D:
+        spectrum = balanced_spectrum(first.second_moment, first.fisher, 0.3)
+    chosen = spectrum.cut(basis.size)
+    torch.testing.assert_close(basis.decoder @ basis.encoder.T, chosen.decoder @ chosen.encoder.T)
     for kind in ("word", "position", "token_type"):
         table = problems.state[f"embeddings.{kind}_embeddings.weight"]
         made = problems.made[f"embeddings.{kind}_embeddings.weight"]
