@@ -41,6 +41,7 @@ class Refit:
     """A refit model, its dense source, and everything that both compute, by sequence (tokens, width) in float64.
 
     `cuts` and `metrics`, block by block: what was cut, and the metric of the errors by which it was chosen.
+    `scales`: of a T5's last norms.
     """
 
     case: Case
@@ -51,6 +52,7 @@ class Refit:
     bases: dict[str, Basis] = field(default_factory=dict)
     cuts: list[tuple[str, Any, Any]] = field(default_factory=list)
     metrics: list[torch.Tensor] = field(default_factory=list)
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
     sums: dict[str, Rows] = field(default_factory=dict)
     seen: dict[str, Rows] = field(default_factory=dict)
 
@@ -89,14 +91,19 @@ def make_refit(case: Case, sizes: Sizes, rows: int, monkeypatch: pytest.MonkeyPa
     recorded("cut_filters")
     monkeypatch.setattr(COMPRESS, "_choose_sizes", lambda *args: sizes.copy())
     bases: dict[str, Basis] = {}
+    scales: dict[str, torch.Tensor] = {}
     if case.family == "bert":
         run = module.BertRefit.run
         monkeypatch.setattr(module.BertRefit, "run", lambda self: (found := run(self), bases.update(found.bases))[0])
     else:
         cut_bases = COMPRESS._cut_bases
         monkeypatch.setattr(COMPRESS, "_cut_bases", lambda *args: (found := cut_bases(*args), bases.update(found))[0])
+        refit_t5 = module.refit_t5
+        monkeypatch.setattr(
+            COMPRESS, "refit_t5", lambda *args: (found := refit_t5(*args), scales.update(found.scales))[0]
+        )
     small = compress(dense, stats, hidden_size=D // 2, axes=("hidden",), refit=True, multiple_of=1, **options)
-    refit = Refit(case, dense, stats, small, sizes, bases, cuts, metrics)
+    refit = Refit(case, dense, stats, small, sizes, bases, cuts, metrics, scales)
     run_both(refit)
     return refit
 
@@ -502,14 +509,17 @@ class T5Problems:
         return problem.solutions(basis.decoder.T.contiguous(), self.metric(name), False)
 
     def norm(self, name: str) -> None:
-        basis, product, square = self.basis(name), 0.0, 0.0
+        basis = self.basis(name)
+        product, square = torch.zeros(2, basis.size, dtype=torch.float64)
         for own, n in zip(self.refit.seen[f"{name} before"], self.normed[name], strict=True):
             unit = own / (own.square().mean(-1, keepdim=True) + self.eps * D / basis.size).sqrt()
-            product += float((unit * (n @ basis.encoder)).sum())
-            square += float(unit.square().sum())
+            product += (unit * (n @ basis.encoder)).sum(0)
+            square += unit.square().sum(0)
         found = of_small(self.refit, self.sites[name].norm).weight.detach()
-        expected = torch.full((basis.size,), product / square, dtype=torch.float64)
+        expected = torch.full((basis.size,), float(product.sum() / square.sum()), dtype=torch.float64)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        if name.endswith(".final"):
+            torch.testing.assert_close(self.refit.scales[name.split(".")[0]], product / square, rtol=1e-2, atol=1e-3)
 
     def written(self, number: int, block: Block) -> None:
         refit, name = self.refit, block.writes
@@ -610,6 +620,7 @@ def test_t5(source: str, sizes: Sizes, rows: int, options: dict[str, Any], monke
     refit = make_refit(find(source), sizes, rows, monkeypatch, **options)
     assert (segment_tokens(refit) >= 2) == (rows == 45), "with coherent pieces, and without"
     problems = T5Problems(refit)
+    assert refit.scales.keys() == {"encoder", "decoder"}
     for name in problems.sites:
         problems.norm(name)
     # blocks are refit in the order of the forward pass
