@@ -87,13 +87,12 @@ def make_basis(decoder: torch.Tensor, encoder: torch.Tensor, moment: torch.Tenso
 
 
 def _complete(decoder: torch.Tensor, encoder: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add directions in which the data has no energy, keeping `E'B = I`."""
+    """Add directions C in which the data has no energy, orthogonal to B, keeping `E'B = I`."""
     full, kept = decoder.shape
     projector = torch.eye(full, dtype=torch.float64) - decoder @ decoder.T
     extra = torch.linalg.eigh(projector).eigenvectors[:, -(size - kept) :]
-    extra_encoder = extra - encoder @ (decoder.T @ extra)  # (C'(I - B E'))' with C'B = 0
-    encoder = encoder - extra_encoder @ (extra.T @ encoder)
-    return torch.cat([decoder, extra], dim=1), torch.cat([encoder, extra_encoder], dim=1)
+    encoder = encoder - extra @ (extra.T @ encoder)
+    return torch.cat([decoder, extra], dim=1), torch.cat([encoder, extra], dim=1)
 
 
 def symmetric_root(matrix: torch.Tensor) -> torch.Tensor:
