@@ -18,6 +18,7 @@ from common import (
     D,
     find,
     largest_difference,
+    make_dense,
     make_inputs,
     make_labels,
     make_small,
@@ -411,7 +412,14 @@ def test_compile_without_graph_breaks(case: Case, backend):
     inputs = make_inputs(case)
     expected = outputs(case, model, inputs)
     torch._dynamo.reset()
-    assert largest_difference(expected, outputs(case, _Compiled(model, backend), inputs)) <= 1e-5
+    try:
+        found = outputs(case, _Compiled(model, backend), inputs)
+    except torch._dynamo.exc.Unsupported:
+        # with torch 2.6 transformers' own wrappers cannot be compiled whole: then its models cannot either
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            torch.compile(make_dense(case), fullgraph=True, backend=backend)(**inputs)
+        pytest.skip(f"transformers {transformers.__version__} with torch {torch.__version__} breaks graphs itself")
+    assert largest_difference(expected, found) <= 1e-5
 
 
 @pytest.mark.slow
