@@ -15,7 +15,7 @@ from common import Case, D, find, make_dense, make_rows
 from torch import nn
 from transformers import PreTrainedModel
 
-from tcsp_hf import Calibration, calibrate, compress
+from tcsp_hf import Calibration, TCSPError, calibrate, compress
 from tcsp_hf.architectures import Block, blocks_of, sites_of
 from tcsp_hf.compression.cuts import cut_filters, cut_values, head_rows
 from tcsp_hf.compression.filters import drop_inputs
@@ -871,13 +871,35 @@ def test_unit_few_tokens_are_held_to_the_prior() -> None:
     held = torch.arange(30) % 5 == 4
     found, problem = fitted(19, held)
     assert any(torch.equal(found, solve(*problem.total, prior, strength)) for strength in (10.0, 1.0, 0.1))
-    exact = (x[:20].double() @ torch.ones(10, 1, dtype=torch.float64)).float()
-    problem = NormalEquations.zeros(10, 1, torch.device("cpu"))
-    problem.add([x[:20]], exact, torch.ones(20), held[:20])
-    assert torch.equal(ridge(problem, prior), solve(*problem.total, prior, 1e-4)), "twenty tokens are enough for ten"
+    exact = (x.double() @ torch.ones(10, 1, dtype=torch.float64)).float()
+    for rows, strength in ((19, 0.1), (20, 1e-4)):
+        problem = NormalEquations.zeros(10, 1, torch.device("cpu"))
+        problem.add([x[:rows]], exact[:rows], torch.ones(rows), held[:rows])
+        # the weaker the better here, so the weakest that is tried: twenty tokens are enough for ten inputs
+        assert torch.equal(ridge(problem, prior), solve(*problem.total, prior, strength)), rows
     for everything in (torch.zeros(30, dtype=torch.bool), torch.ones(30, dtype=torch.bool)):
         found, problem = fitted(30, everything)
         assert torch.equal(found, solve(*problem.total, prior, 10.0))
+
+
+def test_unit_sums_that_are_indefinite_to_rounding_are_shrunk_harder() -> None:
+    """What rounding made of no energy stays with the prior; sums that are no numbers are refused."""
+    moments = torch.diag(torch.tensor([1.0, -1e-6], dtype=torch.float64))
+    cross, prior = torch.tensor([[2.0], [1e-9]], dtype=torch.float64), torch.tensor([[0.0], [5.0]], dtype=torch.float64)
+    found = solve(moments, cross, prior, 1e-4, bias=False)
+    assert found[1].item() == pytest.approx(5.0, rel=0.05) and 0.0 < found[0].item() < 2.0
+    with pytest.raises(TCSPError, match="not finite"):
+        solve(torch.full((2, 2), float("nan"), dtype=torch.float64), cross, prior, 1e-4, bias=False)
+
+
+def test_unit_sums_of_one_fold_and_of_two() -> None:
+    x = gaussian(33, 50, 3).float()
+    problem = NormalEquations.zeros(3, 3, torch.device("cpu"), bias=False)
+    problem.add([x], x, torch.ones(50), torch.arange(50) % 5 == 4)
+    for part in problem.total:
+        torch.testing.assert_close(part, (x.T @ x).double(), rtol=1e-5, atol=1e-5)
+    one = NormalEquations(3, problem.moments[:1], problem.cross[:1], bias=False)
+    assert torch.equal(one.total[0], problem.moments[0]) and torch.equal(one.total[1], problem.cross[0])
 
 
 def test_unit_blocks_are_flushed_at_their_size() -> None:
