@@ -219,6 +219,18 @@ def test_sizes_of_uneven_models(case: Case, tmp_path: Path) -> None:
     assert f"{sum(p.numel() for p in model.parameters()):,}" in text
 
 
+def test_uneven_hidden_sizes_are_a_range(tmp_path: Path) -> None:
+    case = find("bert-Model")
+    dense = make_dense(case)
+    small = compress(dense, calibrated(case, dense), energy=0.9, refit=False, multiple_of=1)
+    widths = small.config.site_widths().values()
+    assert min(widths) < max(widths)
+    small.save_pretrained(tmp_path)
+    text = render_card(tmp_path)
+    assert f"went from 32 to between {min(widths)} and {max(widths)}, by site." in text
+    assert f"| hidden size | 32 | between {min(widths)} and {max(widths)}, by site |  |" in text
+
+
 def test_a_users_card_is_left_alone(folder: Path) -> None:
     (folder / "README.md").write_text("mine")
     with pytest.raises(TCSPError, match=r"README\.md exists"):

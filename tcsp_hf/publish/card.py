@@ -210,11 +210,18 @@ def _summary(checkpoint: Checkpoint, base: str | None) -> str:
         f"{_link(base, checkpoint)}{at} made smaller with TCSP ([arXiv 2308.16475]({_PAPER})): its hidden states were "
         f"projected onto subspaces, without labels. {projection.get('removed', 0.0):.1%} of the parameters were "
         f"removed, embeddings apart; the hidden size went from {projection['source_hidden_size']} to "
-        f"{checkpoint.config.hidden_size}.\n\n"
+        f"{_width(checkpoint)}.\n\n"
         f"Projection: `{projection['kind']}`, `{projection['subspace']}`. Calibration: {calibration['sequences']:,} "
         f"sequences, {calibration['tokens']:,} tokens, seed {calibration['seed']}, data fingerprint "
         f"`{calibration['data_fingerprint']}`."
     )
+
+
+def _width(checkpoint: Checkpoint) -> str:
+    """The hidden size; where sites differ, the range."""
+    widths = checkpoint.config.site_widths().values()
+    narrow, wide = min(widths), max(widths)
+    return f"{wide}" if narrow == wide else f"between {narrow} and {wide}, by site"
 
 
 def _sizes(checkpoint: Checkpoint) -> str:
@@ -224,12 +231,15 @@ def _sizes(checkpoint: Checkpoint) -> str:
         rows = [["parameters", f"{count.total:,}"], ["without embeddings", f"{count.non_embedding:,}"]]
         return "## Size\n\n" + _table(["", "value"], [*rows, ["bytes on disk", f"{checkpoint.bytes:,}"]])
     dense, small = checkpoint.config.dense_hidden_size, checkpoint.config.hidden_size
+    uneven = len(set(checkpoint.config.site_widths().values())) > 1
     pairs = [
-        ("hidden size", dense, small),
+        *([] if uneven else [("hidden size", dense, small)]),
         ("parameters", projection["source_parameters"], count.total),
         ("without embeddings", projection["source_non_embedding_parameters"], count.non_embedding),
     ]
     rows = [[what, f"{b:,}", f"{a:,}", f"{a / b - 1:+.1%}" if b else "-"] for what, b, a in pairs]
+    if uneven:
+        rows.insert(0, ["hidden size", f"{dense:,}", _width(checkpoint), ""])
     rows.append(["bytes on disk", "", f"{checkpoint.bytes:,}", ""])
     return "## Size\n\n" + _table(["", "dense", "compressed", "change"], rows)
 
