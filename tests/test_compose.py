@@ -61,7 +61,7 @@ def test_bench(models: tuple[Path, Path], data: None, tmp_path: Path) -> None:
     assert lora["distance"] != rows["compressed", "as it is"]["distance"]
     card = CardResults.load(tmp_path / "card.json")
     assert card.evaluations[0].value == rows["compressed", "as it is"]["accuracy"]
-    assert card.latency[0].dense_ms == first["ms"]
+    assert card.latency[0].dense_ms == first["ms"] and "threads" in card.machine
 
 
 def test_a_way_that_does_not_run_says_why() -> None:
@@ -125,7 +125,14 @@ def test_quantisers(way: str) -> None:
         pytest.skip(f"pip install {entry.package}")
     model, inputs = make_uneven(CLASSIFIER), make_inputs(CLASSIFIER)
     with torch.no_grad():
-        expected, found = model(**inputs).logits, entry.make(model)(**inputs).logits
+        expected, quantised = model(**inputs).logits, entry.make(model)
+        try:
+            found = quantised(**inputs).logits
+        except (AssertionError, RuntimeError) as error:
+            # on processors for which bitsandbytes packs 4-bit weights, it takes only sizes that are whole blocks
+            with pytest.raises((AssertionError, RuntimeError), match="divisible|shape"):
+                entry.make(make_dense(CLASSIFIER, torch.float32))(**inputs)
+            pytest.skip(f"not of a dense model either, on this processor: {error}")
         again = model(**inputs).logits
     assert torch.equal(expected, again), "the model itself was changed"
     assert not torch.equal(expected, found)

@@ -237,9 +237,11 @@ def test_gradient_checkpointing(case: Case):
     )
     model = make_uneven(case, torch.float64, **no_dropout).train()
     plain = _gradients(case, model)
-    still = {name for name, gradient in plain.items() if gradient is None or not gradient.any()}
-    assert still <= {"qa_outputs.bias"}, "its softmax over positions does not see a constant"
     assert all(gradient is not None for gradient in plain.values())
+    still = {name for name, gradient in plain.items() if float(gradient.abs().max()) < 1e-14}
+    # a softmax over positions or choices does not see what is added to all: that gradient is zero, but for rounding
+    unseen = {"ForQuestionAnswering": {"qa_outputs.bias"}, "ForMultipleChoice": {"classifier.bias"}}
+    assert still == unseen.get(case.head, set())
     model.zero_grad()
     _enable_checkpointing(model)
     calls = []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shlex
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import datasets
+import torch
 import torch.distributed as dist
 import transformers
 import typer
@@ -115,6 +117,11 @@ def columns_of(value: str | None) -> tuple[str, ...] | None:
     if not 1 <= len(names) <= 2 or not all(names):
         raise TCSPError(f"--text-columns is {value!r}; it must be one or two names separated by a comma.")
     return names
+
+
+def this_machine() -> str:
+    """What a card says that times were measured on."""
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
 
 
 def print_json(value: Any) -> None:

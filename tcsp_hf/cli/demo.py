@@ -1,6 +1,5 @@
 """`tcsp demo`: the main job on a real model and real text."""
 
-import platform
 import re
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ from .common import (
     print_json,
     print_table,
     progress_of,
+    this_machine,
 )
 
 _LATENCY_SHAPES = ((1, 32), (8, 128))
@@ -113,7 +113,7 @@ def _write_card(folder: Path, result: dict[str, Any], model: str, command: str, 
         command=command,
         base_model=DEMO_MODEL if model == demo_model_path() else model,
         license="apache-2.0" if model == demo_model_path() else None,
-        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}",
+        machine=this_machine(),
         evaluations=scores,
         latency=times,
     )

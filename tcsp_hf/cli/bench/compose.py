@@ -19,7 +19,7 @@ from ...loading import load_model
 from ...publish.results import CardResults, Evaluation, Latency
 from ...tasks.table import find_task
 from ...train.finetune import Schedule, choose_rows, finetune
-from ..common import JsonOption, QuietOption, print_json, print_table, progress_of
+from ..common import JsonOption, QuietOption, print_json, print_table, progress_of, this_machine
 from ..finetune import bars_hidden
 from .common import SeedOption, names_of
 
@@ -113,4 +113,5 @@ def _for_card(rows: list[dict[str, Any]], task: str, score: str, batch: int, len
     """Score and latency of both models as they are."""
     dense, small = rows[0], rows[1]
     found = Evaluation("text-classification", "nyu-mll/glue", "validation", score, small[score], dense[score], task)
-    return CardResults(evaluations=(found,), latency=(Latency(batch, length, dense["ms"], small["ms"]),))
+    times = Latency(batch, length, dense["ms"], small["ms"])
+    return CardResults(evaluations=(found,), latency=(times,), machine=this_machine())
