@@ -130,7 +130,7 @@ def test_quantisers(way: str) -> None:
             found = quantised(**inputs).logits
         except (AssertionError, RuntimeError) as error:
             # on processors for which bitsandbytes packs 4-bit weights, it takes only sizes that are whole blocks
-            with pytest.raises((AssertionError, RuntimeError), match="divisible|shape"):
+            with pytest.raises((AssertionError, RuntimeError), match=r"divisible|shape"):
                 entry.make(make_dense(CLASSIFIER, torch.float32))(**inputs)
             pytest.skip(f"not of a dense model either, on this processor: {error}")
         again = model(**inputs).logits
