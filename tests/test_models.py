@@ -369,6 +369,21 @@ def test_t5_stacks_with_own_widths_have_own_tables():
     assert model.decoder.embed_tokens.weight.shape == (VOCABULARY, T5["d_model"])
 
 
+@per_case
+def test_random_weights_start_as_large_as_the_stock_ones(case: Case):
+    """Also those of modules without parameters of their own: a new head, an attention's or a network's linears."""
+    dense = make_dense(case, torch.float32)
+    small = make_small(case, hidden_size=D)
+    stock, ours = (
+        {name: parameter.detach() for name, parameter in type(model)(model.config).named_parameters()}
+        for model in (dense, small)
+    )
+    compared = [name for name in ours if name in stock and ours[name].numel() >= 256]
+    assert compared
+    for name in compared:
+        assert 0.7 < float(ours[name].std() / stock[name].std()) < 1.4, name
+
+
 # Devices, number formats, compilers -----------------------------------------------------------------------------------
 
 
