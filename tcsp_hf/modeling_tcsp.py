@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers import activations
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -178,12 +179,26 @@ def _in_place(activation: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     return _IN_PLACE[kind] if own is nn.functional.gelu or kind is not activations.GELUActivation else None
 
 
+def product(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """`linear(states)`; compiled for a processor, the bias is added apart, in the pass that reads the product anyway.
+
+    As part of the product it would be copied into the result's memory first.
+    """
+    bias = getattr(linear, "bias", None)
+    if not torch.compiler.is_compiling() or _is_exporting() or bias is None or not is_plain(linear, nn.Linear):
+        return linear(states)
+    if states.device.type != "cpu" or not states.dtype == bias.dtype == torch.float32:
+        return linear(states)
+    written = nn.functional.linear(states, linear.weight)
+    return written + bias.to(written.dtype)  # autocast may have lowered it
+
+
 def activate(activation: Any, linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """`activation(linear(states))`, written over the linear's result where that is nobody else's.
 
     The result is the widest tensor of a layer: on a processor a second one of its size costs as much as the function.
     """
-    wide = linear(states)
+    wide = product(linear, states)
     change = _in_place(activation) if may_overwrite() and is_plain(linear, nn.Linear) else None
     return activation(wide) if change is None else change(wide)
 
@@ -200,6 +215,8 @@ def rms_normalise(states: torch.Tensor, weight: torch.Tensor, eps: float, overwr
 
 _ROWS = 1024
 """Tokens that a processor takes at a time (measured; larger parts touch fresh memory, smaller ones waste time)."""
+_COMPILED_PARTS = 4
+"""Most parts under `torch.compile`, which compiles every one of them anew."""
 
 
 def sequences_at_a_time(layer: nn.Module, states: torch.Tensor, masks: Sequence[Any]) -> int | None:
@@ -207,12 +224,19 @@ def sequences_at_a_time(layer: nn.Module, states: torch.Tensor, masks: Sequence[
 
     What lies within a layer is several times wider than its states (batch, length, width). In parts it stays in memory
     that is in use already; fresh memory costs more than the arithmetic on it. Only where nobody watches the parts.
+    Under `torch.compile` only for a few parts, and where batch and length are fixed in the graph.
 
     Args:
         masks: tensors whose first dimension is the batch or 1, or None.
     """
+    if states.device.type != "cpu" or layer.training or torch.is_grad_enabled() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return None
     batch, length = states.shape[:2]
-    if states.device.type != "cpu" or batch * length <= _ROWS or batch == 1 or layer.training or not may_overwrite():
+    if torch.compiler.is_compiling():
+        known = not _is_exporting() and statically_known_true(batch * length <= _COMPILED_PARTS * _ROWS)
+        if not (known and statically_known_true(batch * length > _ROWS)):
+            return None
+    if batch * length <= _ROWS or batch == 1:
         return None
     known = all(mask is None or (isinstance(mask, torch.Tensor) and mask.shape[0] in (1, batch)) for mask in masks)
     if not known or any(is_watched(module) for module in layer.modules() if module is not layer):

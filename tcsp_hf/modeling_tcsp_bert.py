@@ -51,6 +51,7 @@ from .modeling_tcsp import (
     even_heads,
     is_plain,
     may_overwrite,
+    product,
     rms_normalise,
     sequences_at_a_time,
     split_mask,
@@ -186,7 +187,7 @@ class TCSPBertOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, block_states: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        written = self.dropout(self.dense(block_states))
+        written = self.dropout(product(self.dense, block_states))
         if not self._accumulates(written, hidden_states):
             return self.norm(self.residual(hidden_states) + written)
         # what the map carries is added to what was written in its place: no second result, no pass that adds

@@ -608,6 +608,29 @@ def test_results_written_over_and_large_batches_in_parts(case: Case):
         assert largest_difference(expected, outputs(case, model, inputs)) <= tolerance
 
 
+@pytest.mark.parametrize("case", [find("bert-Model"), find("t5-EncoderModel")], ids=str)
+def test_compiled_batches_in_parts_where_their_size_is_fixed(case: Case, monkeypatch: pytest.MonkeyPatch):
+    model, graphs = make_uneven(case), []
+
+    def kept(graph: torch.fx.GraphModule, _: list[torch.Tensor]):
+        graphs.append(graph)
+        return graph.forward
+
+    def parted(graph: torch.fx.GraphModule) -> bool:
+        return any(node.target is torch.cat for node in graph.graph.nodes)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=kept)
+    monkeypatch.setattr(modeling_tcsp, "_ROWS", 18)
+    for batch, length, parts in ((4, 9, True), (6, 9, False), (3, 7, False), (9, 9, False)):
+        ids = torch.randint(5, VOCABULARY, (batch, length))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        tolerance = max(1e-5, 4.0 * rounding_error(case, model, inputs))
+        found = outputs(case, compiled, inputs)
+        assert parted(graphs[-1]) == parts, (batch, length)
+        assert largest_difference(outputs(case, model, inputs), found) <= tolerance
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_python", "relu", "silu"])
 def test_activations_written_over_their_argument(activation: str):
     linear, act, states = torch.nn.Linear(4, 6), transformers.activations.ACT2FN[activation], torch.randn(5, 4)
