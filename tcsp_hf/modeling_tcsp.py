@@ -92,7 +92,7 @@ class TCSPPreTrainedMixin:
     def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
         """As transformers', which passes by modules without parameters of their own in code that it takes for foreign
         (classes with an `_auto_class`): an attention's or a head's linears would start at the wrong scale."""
-        super()._initialize_weights(module)  # type: ignore[misc]
+        super()._initialize_weights(module)
 
     def _refuse_nan(self) -> None:
         for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
