@@ -67,6 +67,48 @@ def test_train_compresses_and_learns(case: Case, labelled: bool, tmp_path: Path)
     assert sum(found[-5:]) < sum(found[:5])
 
 
+class _Probabilities(TrainerCallback):
+    """Keeps what the model's dropout is at the first step."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, float] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.found = self.found or probabilities(model)
+
+
+def probabilities(model: torch.nn.Module) -> dict[str, float]:
+    found = {}
+    for name, module in model.named_modules():
+        value = module.p if isinstance(module, torch.nn.Dropout) else getattr(module, "dropout", None)
+        if isinstance(value, float):
+            found[name] = value
+    return found
+
+
+@pytest.mark.parametrize("case", [BERT, T5], ids=str)
+@pytest.mark.parametrize(
+    ("labelled", "fields", "on"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"distillation": 1.0}, False),
+        (False, {"dropout": True}, True),
+        (True, {"dropout": False}, False),
+        (True, {"distillation": 0.0}, True),
+    ],
+    ids=str,
+)
+def test_dropout_where_labels_count(
+    case: Case, labelled: bool, fields: dict[str, Any], on: bool, tmp_path: Path
+) -> None:
+    seen = _Probabilities()
+    trainer = make_trainer(case, tmp_path, labelled=labelled, max_steps=2, _callbacks=[seen], **fields)
+    trainer.train()
+    assert len(seen.found) > 4 and all((value > 0) == on for value in seen.found.values())
+    assert all(value > 0 for value in probabilities(trainer.model).values()), "only while it is trained"
+
+
 def test_hidden_size_of_a_compressed_model_is_left_alone(tmp_path: Path) -> None:
     small = make_small(BERT)
     trainer = make_trainer(BERT, tmp_path, model=small, hidden_size=None, num_train_epochs=1)

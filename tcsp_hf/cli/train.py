@@ -52,6 +52,10 @@ def train_command(
     ] = 0.9,
     temperature: Annotated[float, typer.Option(help="Divides the logits that are compared.")] = 2.0,
     hidden_weight: Annotated[float, typer.Option(help="Weight of the hidden states beside the logits.")] = 1.0,
+    dropout: Annotated[
+        bool | None,
+        typer.Option(help="Of the compressed model in training; by default only where labels have a part in the loss."),
+    ] = None,
     data: DataFolderOption = None,
     train_split: TrainSplitOption = "train",
     eval_split: EvalSplitOption = None,
@@ -99,6 +103,7 @@ def train_command(
         "distillation": distillation,
         "temperature": temperature,
         "hidden_weight": hidden_weight,
+        "dropout": dropout,
     }
     with trained_folder(output, overwrite) as (staging, first):
         folder = staging / "trainer" if checkpoints is None else checkpoints

@@ -36,6 +36,13 @@ class TCSPTrainingArguments(TrainingArguments):
     hidden_weight: float = field(
         default=1.0, metadata={"help": "Weight of the hidden states beside the logits; 0 compares logits alone."}
     )
+    dropout: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the compressed model drops out while it is trained. None: only where labels have a part "
+            "in the loss, since the dense model drops nothing."
+        },
+    )
     pooling: str = field(default="mean", metadata={"help": "Of an embedding model: mean, cls or pooler."})
 
     def __post_init__(self) -> None:

@@ -22,6 +22,23 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor, temperature: float)
     return (target.exp() * (target - ours)).sum(-1) * temperature**2
 
 
+class Silenced:
+    """Dropout of a model's own layers set to zero until `restore`; an adapter's inside it stays."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before: list[tuple[nn.Module, str, float]] = []
+        for name, module in model.named_modules():
+            own = "p" if isinstance(module, nn.Dropout) and name.endswith("dropout") else "dropout"
+            value = vars(module).get(own)  # T5's attentions keep the probability itself
+            if isinstance(value, float):
+                self._before.append((module, own, value))
+                setattr(module, own, 0.0)
+
+    def restore(self) -> None:
+        for module, name, value in self._before:
+            setattr(module, name, value)
+
+
 @dataclass
 class Distiller:
     """Compares a compressed model with its dense one on a batch.

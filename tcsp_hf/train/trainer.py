@@ -23,7 +23,7 @@ from ..loading import load_model
 from ..ranks import on_every_rank, on_first_rank, rank_and_size
 from .arguments import TCSPTrainingArguments
 from .checkpoint import Record, check_resumable, checkpoint_to_resume, load_targets, save_targets
-from .distillation import Distiller
+from .distillation import Distiller, Silenced
 from .sampler import EpochLengthSampler
 from .sites import Batch, SiteSums, SiteTargets
 
@@ -77,6 +77,8 @@ class _CompressingTrainer(Trainer):
         self._record: Record | None = None
         self._checkpoint: Path | None = None
         self._starting = False
+        self._labelled = True
+        self._silenced: Silenced | None = None
         super().__init__(model, args, *more, **kwargs)
         if not is_compressed(self.model):
             family_of(_plain(self.model))
@@ -124,6 +126,9 @@ class _CompressingTrainer(Trainer):
             )
         finally:
             self._starting = False
+            if self._silenced is not None:
+                self._silenced.restore()
+                self._silenced = None
 
     def compress(self) -> Any:
         """Calibrate and compress the dense model without training; `train()` afterwards only trains.
@@ -156,9 +161,18 @@ class _CompressingTrainer(Trainer):
             if self.model_init is None:
                 self.teacher = teacher  # a second call of train() goes on learning from it
         self._prepare_distiller(small, teacher)
+        if not self._drops_out:
+            self._silenced = Silenced(_plain(small))
         # every run goes on from the same random state, whether it calibrated or resumed
         (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
         return small
+
+    @property
+    def _drops_out(self) -> bool:
+        """Whether the model's dropout is on while it is trained; see `TCSPTrainingArguments.dropout`."""
+        if self.args.dropout is not None:
+            return self.args.dropout
+        return self._distiller is None or (self._labelled and self.args.distillation < 1.0)
 
     def _take(self, model: Any) -> None:
         """Put another model in the place of the one that the trainer was made with."""
@@ -321,7 +335,7 @@ class _CompressingTrainer(Trainer):
         for name, data in evaluated.items():
             if data is not None and self.args.eval_strategy != "no":
                 self._first_batch(f"eval_dataset {name}".strip(), data)
-        labelled = any(batch.get(name) is not None for name in self.label_names)
+        labelled = self._labelled = any(batch.get(name) is not None for name in self.label_names)
         taught = self.args.distillation > 0 and (self.teacher is not None or not is_compressed(self.model))
         if not labelled and not taught:
             raise TCSPError(
