@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..tasks.features import make_collator, make_features
 from ..tasks.table import Task, form_of
-from .distillation import Distiller
+from .distillation import Distiller, Silenced
 from .finetune import Schedule, quieten
 
 
@@ -44,6 +44,8 @@ def train_student(
 ) -> None:
     """Train a student in place on rows of a task; `folder` is for the Trainer's own files.
 
+    It drops out only where labels have a part in the loss (`distillation` below 1).
+
     Raises:
         TCSPError: the student's head does not fit the task.
     """
@@ -58,5 +60,8 @@ def train_student(
     )
     if quiet:
         quieten(trainer)
+    silenced = Silenced(student) if distillation == 1.0 else None
     trainer.train()
+    if silenced is not None:
+        silenced.restore()
     student.eval()
