@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .configuration_tcsp import TCSPConfig
     from .configuration_tcsp_bert import TCSPBertConfig
     from .configuration_tcsp_t5 import TCSPT5Config
-    from .export import to_plain_t5
+    from .export import to_plain_bert, to_plain_t5
     from .modeling_tcsp_bert import (
         TCSPBertForMaskedLM,
         TCSPBertForMultipleChoice,
@@ -51,6 +51,7 @@ _MODULES = {
     "TCSPTrainingArguments": "train",
     "calibrate": "calibration",
     "compress": "compression",
+    "to_plain_bert": "export",
     "to_plain_t5": "export",
 }
 """Name -> the module that has it; model classes go by their prefix."""
@@ -100,5 +101,6 @@ __all__ = [
     "__version__",
     "calibrate",
     "compress",
+    "to_plain_bert",
     "to_plain_t5",
 ]

@@ -52,6 +52,30 @@ def test_fewer_neurons_are_a_stock_bert(case: Case, tmp_path: Path) -> None:
         torch.testing.assert_close(value, outputs(case, plain, inputs)[name], atol=1e-12, rtol=0)
 
 
+def test_export_needs_nothing_of_ours_to_load(tmp_path: Path) -> None:
+    small = compress(*dense_and_sample(CLASSIFIER, torch.float32), remove=0.15, axes=("filters",), uniform=True)
+    small.save_pretrained(tmp_path / "small")
+    make_tokenizer().save_pretrained(tmp_path / "small")
+    told = tcsp("export", tmp_path / "small", tmp_path / "plain", "--format", "bert", "--json")
+    assert json.loads(told)["class"] == "BertForSequenceClassification"
+    assert not list((tmp_path / "plain").glob("*.py")), "no code beside it"
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert config["model_type"] == "bert" and "auto_map" not in config and "projection" not in config
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")) == len(make_tokenizer())
+    plain, info = transformers.BertForSequenceClassification.from_pretrained(
+        tmp_path / "plain", output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    inputs = make_inputs(CLASSIFIER)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(**inputs).logits, small(**inputs).logits, atol=1e-5, rtol=1e-5)
+    make_small(CLASSIFIER).save_pretrained(tmp_path / "narrow")
+    make_tokenizer().save_pretrained(tmp_path / "narrow")
+    with pytest.raises(TCSPError, match=r"16 wide, 32 before.*axes=\('filters',\), uniform=True"):
+        tcsp("export", tmp_path / "narrow", tmp_path / "other", "--format", "bert")
+    assert not (tmp_path / "other").exists()
+
+
 def test_whole_model_comes_back() -> None:
     """Nothing removed: the plain form of the compressed form is the dense model."""
     dense, stats = dense_and_sample(CLASSIFIER)

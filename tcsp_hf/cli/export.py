@@ -9,7 +9,7 @@ import typer
 from transformers import PreTrainedModel
 
 from ..errors import TCSPError
-from ..export import to_plain_t5
+from ..export import to_plain_bert, to_plain_t5
 from ..export.ctranslate2 import to_ctranslate2
 from ..export.onnx import export_onnx, require_onnx
 from ..export.openvino import export_openvino, require_openvino
@@ -17,7 +17,7 @@ from ..files import check_output_folder, new_folder
 from ..loading import load_model, load_tokenizer
 from .common import JsonOption, ModelArgument, OverwriteOption, QuietOption, print_json, print_table, progress_of
 
-FORMATS = ("t5", "ctranslate2", "onnx", "openvino")
+FORMATS = ("t5", "bert", "ctranslate2", "onnx", "openvino")
 _GRAPHS = {"onnx": (require_onnx, export_onnx), "openvino": (require_openvino, export_openvino)}
 """Forms that stand in a folder of their own beside the checkpoint."""
 
@@ -30,9 +30,9 @@ def export_command(
         typer.Option(
             "--format",
             "-f",
-            help="t5: a stock T5 or mT5 checkpoint that needs no code of this package. ctranslate2: the same for "
-            "CTranslate2's runtime. onnx, openvino: the checkpoint with graphs in a folder of that name, checked by "
-            "that runtime.",
+            help="t5: a stock T5 or mT5 checkpoint that needs no code of this package. bert: a stock BERT, where "
+            "neurons alone were cut (--axes filters --uniform). ctranslate2: the T5 for CTranslate2's runtime. onnx, "
+            "openvino: the checkpoint with graphs in a folder of that name, checked by that runtime.",
         ),
     ],
     overwrite: OverwriteOption = False,
@@ -57,10 +57,10 @@ def export_command(
             _copy_checkpoint(model, small, tokenizer, staging, form)
             facts["differences"] = _GRAPHS[form][1](small, staging / form, progress=bars)
     else:
-        plain = to_plain_t5(small)
+        plain = to_plain_bert(small) if form == "bert" else to_plain_t5(small)
         facts["class"] = type(plain).__name__
         with new_folder(output, overwrite) as staging, tempfile.TemporaryDirectory() as temporary:
-            folder = staging if form == "t5" else Path(temporary)
+            folder = Path(temporary) if form == "ctranslate2" else staging
             plain.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             if form == "ctranslate2":

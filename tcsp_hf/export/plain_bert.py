@@ -73,8 +73,10 @@ def to_plain_bert(
     sizes = _sizes(model, config, width, heads, neurons, linear)
     if stats is None or stats.sample.tokens == 0:
         raise TCSPError(
-            f"The model is {width} wide, {config.dense_hidden_size} before: its plain form is fitted on the token "
-            "sample of the statistics that it was made from; give stats (collected with sample_tokens above 0)."
+            f"The model is {width} wide, {config.dense_hidden_size} before, and no stock BERT has the residual maps "
+            "of a smaller width: compress with axes=('filters',), uniform=True for a plain form that is exact. One "
+            "that is only near can be fitted on the token sample of the statistics that the model was made from: give "
+            "stats (collected with sample_tokens above 0)."
         )
     fit = PlainBertFitter(model, PackedSample(stats.sample.sequences()), sizes, progress).run()
     try:

@@ -40,7 +40,7 @@ def to_plain_t5(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(config, TCSPT5Config):
         raise TCSPError(
             f"{type(model).__name__} (model_type {getattr(config, 'model_type', None)!r}) is no compressed T5: only "
-            "those have a plain form. A compressed BERT needs its residual maps, which no stock class has."
+            "those have a plain T5 form (a compressed BERT: `to_plain_bert`)."
         )
     source = config.projection["source_model_type"] if config.projection else "t5"
     prefix = _PREFIXES.get(source)
