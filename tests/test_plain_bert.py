@@ -71,9 +71,17 @@ def test_export_needs_nothing_of_ours_to_load(tmp_path: Path) -> None:
         torch.testing.assert_close(plain.eval()(**inputs).logits, small(**inputs).logits, atol=1e-5, rtol=1e-5)
     make_small(CLASSIFIER).save_pretrained(tmp_path / "narrow")
     make_tokenizer().save_pretrained(tmp_path / "narrow")
+    narrow = ("export", tmp_path / "narrow", tmp_path / "other", "--format")
     with pytest.raises(TCSPError, match=r"16 wide, 32 before.*axes=\('filters',\), uniform=True"):
-        tcsp("export", tmp_path / "narrow", tmp_path / "other", "--format", "bert")
+        tcsp(*narrow, "bert")
+    with pytest.raises(TCSPError, match="--stats and --neurons are for --format bert"):
+        tcsp(*narrow, "onnx", "--neurons", 8)
     assert not (tmp_path / "other").exists()
+    dense_and_sample(CLASSIFIER)[1].save(tmp_path / "stats")
+    tcsp(*narrow, "bert", "--stats", tmp_path / "stats", "--neurons", 30)
+    fitted = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "other")
+    assert type(fitted) is transformers.BertForSequenceClassification
+    assert (fitted.config.hidden_size, fitted.config.intermediate_size) == (16, 30)
 
 
 def test_whole_model_comes_back() -> None:
@@ -160,6 +168,8 @@ def test_refusals() -> None:
     small = make_small(CLASSIFIER)
     with pytest.raises(TCSPError, match="token sample"):
         to_plain_bert(small)
+    with pytest.raises(TCSPError, match="statistics are of another model"):
+        to_plain_bert(small, dense_and_sample(FITTED[0])[1])
     with pytest.raises(TCSPError, match="heads is 3"):
         to_plain_bert(small, stats, heads=3)
     with pytest.raises(TCSPError, match="neurons is 10 and linear 5"):

@@ -17,7 +17,7 @@ from processes import on_two_ranks
 from scipy import stats
 from sklearn import metrics as sk
 from test_cli import tcsp
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from tcsp_hf import TCSPError
 from tcsp_hf.tasks import TASKS, GlueMetric, SquadMetric, find_task, score
@@ -285,6 +285,20 @@ def test_finetune_train_evaluate(
     # a run whose checkpoints are there goes on from them: nothing is left to train
     resumed = json.loads(tcsp(*arguments, "--checkpoints", tmp_path / "run", "--overwrite"))
     assert resumed["scores"] == found["scores"]
+    # a model that learns from itself alone, and drops nothing, has nothing to learn; a smaller one has
+    taught = ("finetune", "--teacher", dense, "--distillation", 1.0, "--epochs", 1, "--lr", 1e-7, *common)
+    losses = [
+        json.loads(tcsp(*taught, "--model", model, "-o", tmp_path / f"taught-{model.name}"))["train_loss"]
+        for model in (dense, small)
+    ]
+    assert losses[0] < 1e-6 and losses[0] < losses[1]
+    with pytest.raises(TCSPError, match="distillation is 0"):
+        tcsp(*taught, "--model", small, "-o", tmp_path / "none", "--distillation", 0)
+    other = AutoModelForSequenceClassification.from_pretrained(base, num_labels=7)
+    other.save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(TCSPError, match="The teacher (has num_labels 7|is used for classification)|cannot answer"):
+        tcsp(*taught, "--teacher", tmp_path / "other", "--model", small, "-o", tmp_path / "none")
 
 
 @pytest.mark.slow
@@ -413,6 +427,7 @@ def test_commands_refuse(data: Path, base: Path, tmp_path: Path, monkeypatch: py
         (("finetune", "--model", base, "--task", "mrpc", "-o", out, "--train-split", "dev"), "no split 'dev'"),
         (("finetune", "--model", base, "--task", "mrpc", "-o", out, "--data", data / "squad_v2"), "lacks the column"),
         (("finetune", "--model", base, "--task", "mrpc", "-o", out, "--form", "text"), "no encoder-decoder"),
+        (("finetune", "--model", base, "--task", "mrpc", "-o", out, "--teacher", base), "cannot answer 'mrpc'"),
         (("finetune", "--model", base, "--task", "mrpc", "-o", base), "not empty"),
         (("train", "--model", base, "--task", "mrpc", "-o", out), "--remove and --hidden-size"),
         (("train", "--model", base, "-o", out, "--remove", 0.4), "--task, or --data"),

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from transformers import PreTrainedModel
 
+from ..calibration import Calibration
 from ..errors import TCSPError
 from ..export import to_plain_bert, to_plain_t5
 from ..export.ctranslate2 import to_ctranslate2
@@ -30,11 +31,19 @@ def export_command(
         typer.Option(
             "--format",
             "-f",
-            help="t5: a stock T5 or mT5 checkpoint that needs no code of this package. bert: a stock BERT, where "
-            "neurons alone were cut (--axes filters --uniform). ctranslate2: the T5 for CTranslate2's runtime. onnx, "
-            "openvino: the checkpoint with graphs in a folder of that name, checked by that runtime.",
+            help="t5: a stock T5 or mT5 checkpoint that needs no code of this package. bert: a stock BERT, the same "
+            "function where neurons alone were cut (--axes filters --uniform), otherwise one to fine-tune (--stats). "
+            "ctranslate2: the T5 for CTranslate2's runtime. onnx, openvino: the checkpoint with graphs in a folder of "
+            "that name, checked by that runtime.",
         ),
     ],
+    stats: Annotated[
+        Path | None,
+        typer.Option(help="For --format bert of a narrower model: the statistics that it was made from."),
+    ] = None,
+    neurons: Annotated[
+        int | None, typer.Option(help="For that: fewer feed-forward neurons than the model has.", min=1)
+    ] = None,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -45,7 +54,10 @@ def export_command(
     """
     if form not in FORMATS:
         raise TCSPError(f"--format is {form!r}; allowed: {', '.join(FORMATS)}.")
+    if form != "bert" and (stats is not None or neurons is not None):
+        raise TCSPError(f"--stats and --neurons are for --format bert, but --format is {form!r}.")
     check_output_folder(output, overwrite)
+    found = None if stats is None else Calibration.load(stats)
     bars = progress_of(quiet, as_json)
     if form in _GRAPHS:
         _GRAPHS[form][0]()
@@ -57,7 +69,7 @@ def export_command(
             _copy_checkpoint(model, small, tokenizer, staging, form)
             facts["differences"] = _GRAPHS[form][1](small, staging / form, progress=bars)
     else:
-        plain = to_plain_bert(small) if form == "bert" else to_plain_t5(small)
+        plain = to_plain_bert(small, found, neurons=neurons, progress=bars) if form == "bert" else to_plain_t5(small)
         facts["class"] = type(plain).__name__
         with new_folder(output, overwrite) as staging, tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) if form == "ctranslate2" else staging

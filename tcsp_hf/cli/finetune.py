@@ -13,7 +13,7 @@ from ..files import check_output_folder
 from ..loading import load_model, load_tokenizer, resolve_name
 from ..tasks import TASKS, find_task, score
 from ..tasks.table import Task
-from ..train.finetune import Schedule, choose_rows, finetune
+from ..train.finetune import Schedule, check_teacher, choose_rows, finetune
 from ..train.models import load_for_task
 from .common import (
     DeviceOption,
@@ -71,6 +71,12 @@ def finetune_command(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Read only MODEL's configuration and tokenizer, and start anew.")
     ] = False,
+    teacher: Annotated[
+        str | None, typer.Option(help="A model fine-tuned on the task, of any size: its outputs join the labels.")
+    ] = None,
+    distillation: Annotated[
+        float, typer.Option(help="Weight of the teacher's outputs in the loss; labels get the rest.")
+    ] = 0.9,
     epochs: EpochsOption = 3.0,
     lr: LearningRateOption = 5e-5,
     batch_size: BatchSizeOption = 32,
@@ -99,8 +105,21 @@ def finetune_command(
     name = resolve_name(model)
     tokenizer = load_tokenizer(name)
     found, chosen_form = load_for_task(name, chosen, form, seed, random_weights)
+    dense = None if teacher is None else load_model(resolve_name(teacher), device=str(found.device))
+    if dense is not None:
+        check_teacher(found, dense, chosen, distillation)
     with trained_folder(output, overwrite) as (staging, first):
-        took = finetune(found, tokenizer, chosen, rows, schedule, staging / "trainer", bars_hidden(quiet, as_json))
+        took = finetune(
+            found,
+            tokenizer,
+            chosen,
+            rows,
+            schedule,
+            staging / "trainer",
+            bars_hidden(quiet, as_json),
+            teacher=dense,
+            distillation=distillation,
+        )
         if not first:
             return
         _remove_empty(staging / "trainer")
@@ -114,6 +133,8 @@ def finetune_command(
             "task": task,
             "form": chosen_form,
             "random_weights": random_weights,
+            "teacher": teacher,
+            "distillation": None if teacher is None else distillation,
             "train_split": train_split,
             "train_rows": len(rows),
             "eval_split": eval_split or chosen.splits[0],

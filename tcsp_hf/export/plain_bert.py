@@ -57,8 +57,8 @@ def to_plain_bert(
         dense width its hidden states are in coordinates of its own, and a base model has no pooler.
 
     Raises:
-        TCSPError: no compressed BERT, sizes or a head that a stock BERT cannot hold, or no token sample; the message
-            says which.
+        TCSPError: no compressed BERT, sizes or a head that a stock BERT cannot hold, statistics of another model, or
+            no token sample; the message says which.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, TCSPBertConfig):
@@ -77,6 +77,11 @@ def to_plain_bert(
             "of a smaller width: compress with axes=('filters',), uniform=True for a plain form that is exact. One "
             "that is only near can be fitted on the token sample of the statistics that the model was made from: give "
             "stats (collected with sample_tokens above 0)."
+        )
+    made_from = ((config.projection or {}).get("calibration") or {}).get("model_fingerprint")
+    if made_from not in (None, stats.model_fingerprint):
+        raise TCSPError(
+            f"The statistics are of another model ({stats.source_model!r}) than the one that was compressed."
         )
     fit = PlainBertFitter(model, PackedSample(stats.sample.sequences()), sizes, progress).run()
     try:

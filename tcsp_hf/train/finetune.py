@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from ..errors import TCSPError
 from ..tasks.features import make_collator, make_features
 from ..tasks.table import Task, form_of
+from .student import StudentTrainer
 
 
 @dataclass(frozen=True)
@@ -100,16 +102,33 @@ class TrainingResult:
 
 
 def finetune(
-    model: PreTrainedModel, tokenizer: Any, task: Task, data: Any, schedule: Schedule, folder: Path, quiet: bool = False
+    model: PreTrainedModel,
+    tokenizer: Any,
+    task: Task,
+    data: Any,
+    schedule: Schedule,
+    folder: Path,
+    quiet: bool = False,
+    *,
+    teacher: PreTrainedModel | None = None,
+    distillation: float = 0.9,
 ) -> TrainingResult:
     """Fine-tune a model in place on rows of a task; `folder` is for the Trainer's own files.
 
+    Args:
+        teacher: a model with the same head, whose outputs have the share `distillation` of the loss. Any class will do
+            on both sides; `TCSPTrainer` compares hidden states as well.
+
     Raises:
-        TCSPError: the model's head does not fit the task.
+        TCSPError: the model's head does not fit the task, or the teacher's is another.
     """
     form = form_of(model, task)
+    made: Any = Trainer
+    if teacher is not None:
+        check_teacher(model, teacher, task, distillation)
+        made = partial(StudentTrainer, teacher, distillation)
     features = make_features(task, form, data, tokenizer, schedule.max_length or task.max_length)
-    trainer = Trainer(
+    trainer = made(
         model=model,
         args=TrainingArguments(**schedule.arguments(folder, quiet)),
         train_dataset=features,
@@ -122,6 +141,23 @@ def finetune(
     result = trainer.train()
     model.eval()
     return TrainingResult.of(result, time.perf_counter() - started, len(features))
+
+
+def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, task: Task, distillation: float) -> None:
+    """Refuse a teacher that a model cannot learn the task from.
+
+    Raises:
+        TCSPError: another head, another number of labels or tokens, or a share that is none.
+    """
+    if not 0.0 < distillation <= 1.0:
+        raise TCSPError(f"distillation is {distillation!r}; it must be above 0 and at most 1.")
+    for what, own, other in (
+        ("is used for", form_of(model, task), form_of(teacher, task)),
+        ("has num_labels", model.config.num_labels, teacher.config.num_labels),
+        ("has vocab_size", model.config.vocab_size, teacher.config.vocab_size),
+    ):
+        if own != other:
+            raise TCSPError(f"The teacher {what} {other}, the model {own}: it must be a model for the same task.")
 
 
 def quieten(trainer: Trainer) -> None:

@@ -16,8 +16,7 @@ from ...evaluation.comparison import Comparison
 from ...evaluation.scoring import Classification
 from ...export.plain_bert import to_plain_bert
 from ...tasks.table import Task, find_task
-from ...train.finetune import Schedule, choose_rows
-from ...train.student import train_student
+from ...train.finetune import Schedule, choose_rows, finetune
 from ..common import JsonOption, QuietOption, progress_of
 from ..finetune import bars_hidden
 from .common import ModelOption, SeedOption, SequencesOption, TaskOption, show
@@ -174,16 +173,17 @@ def _row(
     row |= figures()
     if data is not None:
         with tempfile.TemporaryDirectory() as folder:
-            train_student(
+            teacher = bench.dense if distillation else None
+            finetune(
                 form,
-                bench.dense,
                 bench.tokenizer,
                 task,
                 data,
                 schedule,
                 Path(folder),
+                quiet,
+                teacher=teacher,
                 distillation=distillation,
-                quiet=quiet,
             )
         row |= figures(f" {_AFTER}")
     return row
