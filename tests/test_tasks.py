@@ -297,7 +297,7 @@ def test_finetune_train_evaluate(
     other = AutoModelForSequenceClassification.from_pretrained(base, num_labels=7)
     other.save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")
-    with pytest.raises(TCSPError, match="The teacher (has num_labels 7|is used for classification)|cannot answer"):
+    with pytest.raises(TCSPError, match=r"7 outputs|cannot answer"):
         tcsp(*taught, "--teacher", tmp_path / "other", "--model", small, "-o", tmp_path / "none")
 
 

@@ -147,13 +147,12 @@ def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, task: Task, 
     """Refuse a teacher that a model cannot learn the task from.
 
     Raises:
-        TCSPError: another head, another number of labels or tokens, or a share that is none.
+        TCSPError: a head for another task, another vocabulary, or a share that is none.
     """
     if not 0.0 < distillation <= 1.0:
         raise TCSPError(f"distillation is {distillation!r}; it must be above 0 and at most 1.")
     for what, own, other in (
         ("is used for", form_of(model, task), form_of(teacher, task)),
-        ("has num_labels", model.config.num_labels, teacher.config.num_labels),
         ("has vocab_size", model.config.vocab_size, teacher.config.vocab_size),
     ):
         if own != other:
