@@ -429,7 +429,7 @@ def test_commands_refuse(data: Path, base: Path, tmp_path: Path, monkeypatch: py
         (("finetune", "--model", base, "--task", "mrpc", "-o", out, "--form", "text"), "no encoder-decoder"),
         (("finetune", "--model", base, "--task", "mrpc", "-o", out, "--teacher", base), "cannot answer 'mrpc'"),
         (("finetune", "--model", base, "--task", "mrpc", "-o", base), "not empty"),
-        (("train", "--model", base, "--task", "mrpc", "-o", out), "--remove and --hidden-size"),
+        (("train", "--model", base, "--task", "mrpc", "-o", out), "--remove, --hidden-size and --student"),
         (("train", "--model", base, "-o", out, "--remove", 0.4), "--task, or --data"),
         (("train", "--model", base, "--task", "mrpc", "-o", out, "--remove", 0.4), "cannot answer 'mrpc'"),
         (("evaluate", base, "--task", "mrpc"), "cannot answer 'mrpc'"),

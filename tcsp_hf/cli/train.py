@@ -15,6 +15,7 @@ from ..loading import load_model, load_tokenizer, resolve_name
 from ..tasks import TASKS, find_task, score
 from ..train.distil import run_training, task_trainer
 from ..train.finetune import Schedule, choose_rows
+from ..train.trainer import is_compressed
 from .common import JsonOption, OverwriteOption, QuietOption, print_json, print_table, progress_of, trained_folder
 from .finetune import (
     BatchSizeOption,
@@ -43,6 +44,9 @@ def train_command(
         float | None, typer.Option(help="Fraction of the parameters (embeddings apart) to remove.")
     ] = None,
     hidden_size: Annotated[int | None, typer.Option(help="Width of the stream, instead of --remove.")] = None,
+    student: Annotated[
+        str | None, typer.Option(help="A compressed form of --model to go on with, instead of a budget.")
+    ] = None,
     axes: Annotated[
         str | None, typer.Option(help="What --remove may cut: some of hidden,filters,heads; all by default.")
     ] = None,
@@ -80,8 +84,8 @@ def train_command(
 
     On several processes: accelerate launch -m tcsp_hf train ..., or torchrun.
     """
-    if (remove is None) == (hidden_size is None):
-        raise TCSPError("Give one of --remove and --hidden-size.")
+    if [remove, hidden_size, student].count(None) != 2:
+        raise TCSPError("Give one of --remove, --hidden-size and --student.")
     if task is None and data is None:
         raise TCSPError("Give --task, or --data with unlabelled text.")
     chosen = None if task is None else find_task(task)
@@ -95,6 +99,9 @@ def train_command(
     held_out = None if chosen is None else first_rows(chosen.load(eval_split, data), eval_samples)
     name = resolve_name(model)
     dense, tokenizer = load_model(name), load_tokenizer(name)
+    started = None if student is None else load_model(student)
+    if started is not None and not is_compressed(started):
+        raise TCSPError(f"--student is {student!r}, which is not compressed: give its folder as --model.")
     options: dict[str, Any] = {
         "remove": remove,
         "hidden_size": hidden_size,
@@ -116,6 +123,7 @@ def train_command(
             schedule,
             folder,
             quiet=bars_hidden(quiet, as_json),
+            student=started,
             **options,
             **saving,
         )
@@ -137,6 +145,7 @@ def train_command(
             "train_split": train_split,
             "train_rows": len(rows),
             "eval_split": None if chosen is None else eval_split or chosen.splits[0],
+            "student": student,
             "removed": removed_fraction(dense, small),
             **options,
             **asdict(schedule),

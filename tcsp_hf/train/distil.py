@@ -51,6 +51,7 @@ def task_trainer(
     *,
     quiet: bool = False,
     calibration: Calibration | None = None,
+    student: PreTrainedModel | None = None,
     **options: Any,
 ) -> TCSPTrainer | TCSPSeq2SeqTrainer:
     """The trainer that compresses a dense model and trains the result with the dense one as teacher.
@@ -60,6 +61,7 @@ def task_trainer(
         data: rows of the task, or text (see `text_features`).
         folder: for the Trainer's own files.
         calibration: statistics from elsewhere.
+        student: a compressed form of the dense model to go on with; made to the budget of the options when None.
         options: of `TCSPTrainingArguments`: the budget, distillation, and where to save (`save_strategy`).
 
     Raises:
@@ -75,8 +77,9 @@ def task_trainer(
         features = make_features(task, form, data, tokenizer, schedule.max_length or task.max_length)
         collator = make_collator(form, tokenizer, dense)
     trainer = made[0](
-        dense,
+        dense if student is None else student,
         arguments,
+        teacher=dense,
         train_dataset=features,
         data_collator=collator,
         processing_class=tokenizer,
