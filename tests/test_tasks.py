@@ -285,6 +285,12 @@ def test_finetune_train_evaluate(
     # a run whose checkpoints are there goes on from them: nothing is left to train
     resumed = json.loads(tcsp(*arguments, "--checkpoints", tmp_path / "run", "--overwrite"))
     assert resumed["scores"] == found["scores"]
+    further = ("train", "--model", dense, "--task", task, "--max-length", 30, "--epochs", 1, "--json", "--student")
+    found = json.loads(tcsp(*further, small, "-o", tmp_path / "further"))
+    assert found["removed"] == pytest.approx(json.loads((small / "results.json").read_text())["removed"])
+    assert json.loads((tmp_path / "further" / "config.json").read_text())["hidden_size"] == 16
+    with pytest.raises(TCSPError, match="which is not compressed"):
+        tcsp(*further, dense, "-o", tmp_path / "none")
     # a model that learns from itself alone, and drops nothing, has nothing to learn; a smaller one has
     taught = ("finetune", "--teacher", dense, "--distillation", 1.0, "--epochs", 1, "--lr", 1e-7, *common)
     losses = [

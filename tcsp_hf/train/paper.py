@@ -201,6 +201,8 @@ def run_row(row: Row, results: Path, quiet: bool = True, progress: bool | None =
     stats_folder = results / "statistics" / row.stats_key
     work = results / "work" / row.name
     trained = row.mode != "retraining-free"
+    more: dict[str, Any] = {"distillation": 0.0} if row.mode == "fine-tuned" else {}
+    more |= {"save_strategy": "epoch", "save_total_limit": 1} if trained else {}
     trainer = task_trainer(
         dense,
         tokenizer,
@@ -213,8 +215,7 @@ def run_row(row: Row, results: Path, quiet: bool = True, progress: bool | None =
         remove=row.remove,
         axes=list(row.axes),
         calibration_samples=row.calibration_samples,
-        **({"distillation": 0.0} if row.mode == "fine-tuned" else {}),
-        **({"save_strategy": "epoch", "save_total_limit": 1} if trained else {}),
+        **more,
     )
     started = time.perf_counter()
     took = None
