@@ -279,6 +279,9 @@ def test_finetune_train_evaluate(
     arguments = ("train", "--model", dense, "-o", small, "--hidden-size", 16, "--epochs", 1, *common)
     found = json.loads(tcsp(*arguments, "--checkpoints", tmp_path / "run"))
     assert found["scores"]["dense"] == pytest.approx(made["scores"])
+    card = (small / "README.md").read_text()
+    assert "tcsp train --model dense" in card and f"- name: {small.name}" in card
+    assert all(f"type: {name}" in card for name in TASKS[task].metrics)
     again = json.loads(tcsp("evaluate", small, *common))
     assert again["scores"] == pytest.approx(found["scores"]["compressed"])
     assert set(TASKS[task].metrics) <= set(again["scores"])

@@ -8,15 +8,27 @@ from typing import Annotated, Any
 import typer
 
 from ..compression import removed_fraction
-from ..data.sources import first_rows, load_data
+from ..data.sources import SQUAD_SETS, first_rows, load_data
 from ..errors import TCSPError
 from ..files import check_output_folder
 from ..loading import load_model, load_tokenizer, resolve_name
+from ..publish.card import write_card
+from ..publish.results import CardResults, Evaluation
 from ..tasks import TASKS, find_task, score
+from ..tasks.table import Task
 from ..train.distil import run_training, task_trainer
 from ..train.finetune import Schedule, choose_rows
 from ..train.trainer import is_compressed
-from .common import JsonOption, OverwriteOption, QuietOption, print_json, print_table, progress_of, trained_folder
+from .common import (
+    JsonOption,
+    OverwriteOption,
+    QuietOption,
+    command_line,
+    print_json,
+    print_table,
+    progress_of,
+    trained_folder,
+)
 from .finetune import (
     BatchSizeOption,
     Bf16Option,
@@ -35,6 +47,7 @@ from .finetune import (
 
 
 def train_command(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="The dense model: fine-tuned on the task, or an embedding model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the compressed model.")],
     task: Annotated[
@@ -155,6 +168,9 @@ def train_command(
             "train_loss": took.loss,
         }
         (staging / "results.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        measured = () if chosen is None or data is not None else evaluations_of(chosen, summary["eval_split"], scores)
+        shown = CardResults(command=command_line(context), evaluations=measured)
+        write_card(staging, shown, name=output.resolve().name)
     if as_json:
         print_json({"output": str(output), **summary})
         return
@@ -164,3 +180,13 @@ def train_command(
         table = [[name, before, after] for (name, before), (_, after) in pairs]
     note = f"{len(rows):,} training rows, {took.steps:,} steps, {took.seconds:.0f} s"
     print_table(f"{model}: {summary['removed']:.1%} removed -> {output}", ["", "dense", "compressed"], table, note)
+
+
+def evaluations_of(task: Task, split: str, scores: dict[str, dict[str, float]]) -> tuple[Evaluation, ...]:
+    """As a model card has them, of the task's own data."""
+    kind = "question-answering" if task.is_qa else "text-classification"
+    data, config = (SQUAD_SETS[task.name], None) if task.is_qa else ("nyu-mll/glue", task.name)
+    return tuple(
+        Evaluation(kind, data, split, name, value, scores["dense"][name], config=config)
+        for name, value in scores["compressed"].items()
+    )
