@@ -205,12 +205,12 @@ def prepared(model: PreTrainedModel, backend: str, part: str = "encoder", new_to
         model = copy.deepcopy(model)
         model.set_attn_implementation(wanted)
     runner: Any = model if part != "encoder" else encoder_of(model)
-    if backend == "compile":
-        runner = torch.compile(runner)
 
     def encode(batch: int, length: int) -> Callable[[], Any]:
         inputs = random_inputs(model, batch, length)
-        return lambda: runner(**inputs)
+        # for every batch and length anew: a graph for any is slower
+        chosen = torch.compile(runner, dynamic=False) if backend == "compile" else runner
+        return lambda: chosen(**inputs)
 
     def prefill(batch: int, length: int) -> Callable[[], Any]:
         ids = random_inputs(model, batch, length)["input_ids"]
@@ -314,6 +314,8 @@ def latency_grid(
         chosen = {name: model for name, model in models.items() if backend == "sdpa" or name in ("dense", "small")}
         ready = {name: prepared(model, backend, part, new_tokens) for name, model in chosen.items()}
         for batch, length in shapes:
+            if backend == "compile":
+                torch.compiler.reset()  # no more than so many graphs are kept, and the next ones run uncompiled
             calls = {name: start(batch, length) for name, start in ready.items()}
             found = alternate(calls, rounds, warmup, dense.device, seconds, CLOCKS[clock])
             if part == "generation":
