@@ -181,8 +181,8 @@ def t5_sites(model: Any) -> Iterator[Site]:
             continue
         parts = ("attention", "ffn") if stack == "encoder" else ("attention", "cross", "ffn")
 
-        def site(name: str, norm: nn.Module, stack: str = stack) -> Site:
-            eps = float(norm.variance_epsilon)  # type: ignore[arg-type]
+        def site(name: str, norm: Any, stack: str = stack) -> Site:
+            eps = float(norm.variance_epsilon)
             return Site(name, norm, lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps), stack)
 
         for i, block in enumerate(getattr(base, stack).block):

@@ -232,16 +232,18 @@ def sequences_at_a_time(layer: nn.Module, states: torch.Tensor, masks: Sequence[
     if states.device.type != "cpu" or layer.training or torch.is_grad_enabled() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return None
     batch, length = states.shape[:2]
-    if torch.compiler.is_compiling():
-        known = not _is_exporting() and statically_known_true(batch * length <= _COMPILED_PARTS * _ROWS)
-        if not (known and statically_known_true(batch * length > _ROWS)):
-            return None
+    compiling = torch.compiler.is_compiling()
+    if compiling and (_is_exporting() or not statically_known_true(batch * length > _ROWS)):
+        return None
     if batch * length <= _ROWS or batch == 1:
+        return None
+    count = max(1, _ROWS // length)
+    if compiling and batch > _COMPILED_PARTS * count:
         return None
     known = all(mask is None or (isinstance(mask, torch.Tensor) and mask.shape[0] in (1, batch)) for mask in masks)
     if not known or any(is_watched(module) for module in layer.modules() if module is not layer):
         return None
-    return max(1, _ROWS // length)
+    return count
 
 
 def split_mask(mask: torch.Tensor | None, count: int, parts: int) -> Sequence[torch.Tensor | None]:

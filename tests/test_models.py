@@ -620,10 +620,12 @@ def test_compiled_batches_in_parts_where_their_size_is_fixed(case: Case, monkeyp
     def parted(graph: torch.fx.GraphModule) -> bool:
         return any(node.target is torch.cat for node in graph.graph.nodes)
 
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=kept)
     monkeypatch.setattr(modeling_tcsp, "_ROWS", 18)
-    for batch, length, parts in ((4, 9, True), (6, 9, False), (3, 7, False), (9, 9, False)):
+    # the first size of a graph is fixed in it, the later ones are not; the last would be six parts
+    for batch, length, parts in ((4, 9, True), (6, 9, False), (3, 7, False), (9, 9, False), (6, 11, False)):
+        if (batch, length) in ((4, 9), (6, 11)):
+            torch._dynamo.reset()
+            compiled = torch.compile(model, backend=kept)
         ids = torch.randint(5, VOCABULARY, (batch, length))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         tolerance = max(1e-5, 4.0 * rounding_error(case, model, inputs))

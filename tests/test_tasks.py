@@ -294,6 +294,11 @@ def test_finetune_train_evaluate(
     assert json.loads((tmp_path / "further" / "config.json").read_text())["hidden_size"] == 16
     with pytest.raises(TCSPError, match="which is not compressed"):
         tcsp(*further, dense, "-o", tmp_path / "none")
+    wordier = AutoModel.from_pretrained(small)
+    wordier.resize_token_embeddings(wordier.config.vocab_size + 8)
+    wordier.save_pretrained(tmp_path / "wordier")
+    with pytest.raises(TCSPError, match="comes from a model of another size"):
+        tcsp(*further, tmp_path / "wordier", "-o", tmp_path / "none")
     # a model that learns from itself alone, and drops nothing, has nothing to learn; a smaller one has
     taught = ("finetune", "--teacher", dense, "--distillation", 1.0, "--epochs", 1, "--lr", 1e-7, *common)
     losses = [

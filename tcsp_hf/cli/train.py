@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..architectures import dense_hidden_size
 from ..compression import removed_fraction
 from ..data.sources import SQUAD_SETS, first_rows, load_data
 from ..errors import TCSPError
@@ -115,6 +116,14 @@ def train_command(
     started = None if student is None else load_model(student)
     if started is not None and not is_compressed(started):
         raise TCSPError(f"--student is {student!r}, which is not compressed: give its folder as --model.")
+    if started is not None:
+        theirs = [started.config.dense_hidden_size, started.config.num_hidden_layers, started.config.vocab_size]
+        ours = [dense_hidden_size(dense), dense.config.num_hidden_layers, dense.config.vocab_size]
+        if theirs != ours:
+            raise TCSPError(
+                f"--student {student!r} comes from a model of another size (hidden size, layers, tokens: {theirs}) "
+                f"than --model ({ours})."
+            )
     options: dict[str, Any] = {
         "remove": remove,
         "hidden_size": hidden_size,

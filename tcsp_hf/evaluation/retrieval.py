@@ -37,9 +37,9 @@ class Search:
             raise TCSPError(f"questions is {questions}; at least 1 is needed.")
         contexts, asked = list(data["context"]), list(data["question"])
         places = {text: i for i, text in enumerate(dict.fromkeys(contexts))}
-        chosen = range(len(asked))
+        chosen: Sequence[int] = range(len(asked))
         if questions is not None and questions < len(asked):
-            chosen = sorted(random.Random(seed).sample(chosen, questions))  # type: ignore[assignment]
+            chosen = sorted(random.Random(seed).sample(chosen, questions))
         return cls(list(places), [asked[i] for i in chosen], [places[contexts[i]] for i in chosen])
 
 

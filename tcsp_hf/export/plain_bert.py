@@ -198,8 +198,7 @@ def _exact(model: PreTrainedModel, config: TCSPBertConfig) -> PreTrainedModel:
 
     def read(linear: nn.Linear, t: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A linear of z at site t as one of the stock state `weight * z / w + bias`, w the compressed norm's weight."""
-        norm: Any = norms[t]
-        scale = norm.weight / weights[t]
+        scale = norms[t].weight / weights[t]
         matrix = linear.weight * scale
         return matrix, linear.bias - matrix @ biases[t]
 
@@ -259,7 +258,7 @@ def _stock_norms(base: Any, norms: list[Any]) -> tuple[list[torch.Tensor], list[
 def _fitted_heads(model: Any, fit: PlainFit) -> Tensors:
     """The heads over the fitted encoder; a pooler keeps as many of its neurons as the stream is wide."""
     assert fit.carried is not None and fit.exact is not None
-    scale = site_norms(model)[-1].weight.detach().double()  # type: ignore[operator]
+    scale = site_norms(model)[-1].weight.detach().double()
 
     def read(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
         weight = linear.weight.detach().double() * scale

@@ -61,7 +61,7 @@ class PlainFit:
                 stream.close()
 
 
-def site_norms(small: Any) -> list[nn.Module]:
+def site_norms(small: Any) -> list[Any]:
     """The norm of every site of a compressed BERT."""
     base = small.base_model
     return [
@@ -82,7 +82,7 @@ class PlainBertFitter:
         self.eps = float(config.layer_norm_eps)
         act = config.hidden_act
         self.activation: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[act] if isinstance(act, str) else act
-        self.norms = [norm.weight.detach().float() for norm in site_norms(small)]  # type: ignore[operator]
+        self.norms = [norm.weight.detach().float() for norm in site_norms(small)]
         self.bar = tqdm(
             total=4 * self.layers, unit="block", desc="plain", disable=None if progress is None else not progress
         )
