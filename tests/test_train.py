@@ -230,6 +230,18 @@ def test_everything_of_trainer(tmp_path: Path) -> None:
     assert same(weights(again.model), weights(trainer.model))
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_teacher_computes_in_bfloat16_where_the_student_does(tmp_path: Path, bf16: bool) -> None:
+    """accelerate wraps only the model that is trained."""
+    trainer = make_trainer(BERT, tmp_path, bf16=bf16, max_steps=1)
+    layer = trainer.model.bert.encoder.layer[0].intermediate.dense
+    trainer.compress()
+    seen: list[torch.dtype] = []
+    layer.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    trainer.train()
+    assert seen[-1] == (torch.bfloat16 if bf16 else torch.float32)
+
+
 def test_hidden_size_search_through_model_init(tmp_path: Path) -> None:
     trainer = make_trainer(BERT, tmp_path, _model_init=lambda: make_dense(BERT, torch.float32), num_train_epochs=1)
     assert trainer.model.config.model_type == "bert"

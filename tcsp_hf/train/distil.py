@@ -8,6 +8,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from ..calibration import Calibration
 from ..calibration.inputs import TEXT_COLUMNS
+from ..compression import Search
 from ..errors import TCSPError
 from ..tasks.features import make_collator, make_features
 from ..tasks.table import TEXT, Task, form_of
@@ -51,6 +52,7 @@ def task_trainer(
     *,
     quiet: bool = False,
     calibration: Calibration | None = None,
+    search: Search | None = None,
     student: PreTrainedModel | None = None,
     **options: Any,
 ) -> TCSPTrainer | TCSPSeq2SeqTrainer:
@@ -60,7 +62,7 @@ def task_trainer(
         task: None for unlabelled text and any head (an embedding model).
         data: rows of the task, or text (see `text_features`).
         folder: for the Trainer's own files.
-        calibration: statistics from elsewhere.
+        calibration, search: from elsewhere.
         student: a compressed form of the dense model to go on with; made to the budget of the options when None.
         options: of `TCSPTrainingArguments`: the budget, distillation, and where to save (`save_strategy`).
 
@@ -84,6 +86,7 @@ def task_trainer(
         data_collator=collator,
         processing_class=tokenizer,
         calibration=calibration,
+        search=search,
     )
     if quiet:
         quieten(trainer)

@@ -1,8 +1,8 @@
 """What a compressed model learns from its dense one: the outputs at a temperature (Hinton et al. 2015, arXiv
 1503.02531), and the hidden states in the compressed model's own coordinates (`sites`). No labels are needed."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ class Distiller:
         hidden_weight: of the hidden states beside the outputs.
         pooling: of an embedding model: `"mean"`, `"cls"` or `"pooler"`.
         label_names: inputs that the teacher does not see.
+        autocast: the context that the teacher runs in; accelerate wraps only the model that is trained.
     """
 
     teacher: Any
@@ -58,6 +59,7 @@ class Distiller:
     hidden_weight: float
     pooling: str
     label_names: tuple[str, ...]
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def writes(self) -> bool:
@@ -100,7 +102,7 @@ class Distiller:
     def loss(self, small: Any, inputs: Batch, outputs: Any, carried: States) -> torch.Tensor:
         """Of the compressed model's outputs and recorded states against the teacher's on the same inputs."""
         self.teacher.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             if self.targets is not None and carried:
                 with record_dense(self.teacher, self.targets.encoders) as states:
                     expected = self.teacher(**self.without_labels(inputs))

@@ -11,14 +11,14 @@ import json
 import time
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..calibration import Calibration
-from ..compression import removed_fraction
+from ..compression import Search, removed_fraction
 from ..compression.plan import AXES
 from ..errors import TCSPError
 from ..files import new_folder, write_whole
@@ -178,8 +178,40 @@ def write_grid(
     return written
 
 
-def run_row(row: Row, results: Path, quiet: bool = True, progress: bool | None = False) -> dict[str, Any]:
+@dataclass
+class Shared:
+    """What rows of one dense model use together while they follow each other; the last model's is kept.
+
+    Attributes:
+        key: of the statistics.
+        calibration: statistics of the dense model; None until they are known.
+        search: what was measured for other fractions.
+    """
+
+    key: str = ""
+    calibration: Calibration | None = None
+    search: Search = field(default_factory=Search)
+
+    def take(self, key: str, folder: Path) -> None:
+        """Turn to the model with these statistics, read from a folder where they are there."""
+        if self.key != key:
+            found = Calibration.load(folder) if folder.is_dir() else None
+            self.key, self.calibration, self.search = key, found, Search()
+
+
+def in_order(rows: list[Row]) -> list[Row]:
+    """Rows of one dense model next to each other, otherwise as they are."""
+    first = {row.stats_key: i for i, row in reversed(list(enumerate(rows)))}
+    return sorted(rows, key=lambda row: first[row.stats_key])
+
+
+def run_row(
+    row: Row, results: Path, quiet: bool = True, progress: bool | None = False, shared: Shared | None = None
+) -> dict[str, Any]:
     """A row's result, from its file where the row has run before.
+
+    Args:
+        shared: hand the same one to rows that follow each other.
 
     Raises:
         TCSPError: the file there is of a row with other fields.
@@ -198,34 +230,25 @@ def run_row(row: Row, results: Path, quiet: bool = True, progress: bool | None =
     held_out = held_out.select(range(min(row.eval_samples or len(held_out), len(held_out))))
     folder, dense_record = _dense(row, task, data, held_out, results, quiet, progress)
     dense, tokenizer = load_model(folder), load_tokenizer(folder)
-    stats_folder = results / "statistics" / row.stats_key
-    work = results / "work" / row.name
-    trained = row.mode != "retraining-free"
-    more: dict[str, Any] = {"distillation": 0.0} if row.mode == "fine-tuned" else {}
-    more |= {"save_strategy": "epoch", "save_total_limit": 1} if trained else {}
-    trainer = task_trainer(
-        dense,
-        tokenizer,
-        task,
-        data,
-        row.schedule(),
-        work,
-        quiet=quiet,
-        calibration=Calibration.load(stats_folder) if stats_folder.is_dir() else None,
-        remove=row.remove,
-        axes=list(row.axes),
-        calibration_samples=row.calibration_samples,
-        **more,
-    )
-    started = time.perf_counter()
+    small, seconds = _compressed(row, task, data, dense, tokenizer, results, quiet, shared or Shared())
     took = None
-    if trained:
+    if row.mode != "retraining-free":
+        alone: dict[str, Any] = {"distillation": 0.0} if row.mode == "fine-tuned" else {}
+        trainer = task_trainer(
+            dense,
+            tokenizer,
+            task,
+            data,
+            row.schedule(),
+            results / "work" / row.name,
+            quiet=quiet,
+            student=small,
+            save_strategy="epoch",
+            save_total_limit=1,
+            **alone,
+        )
         small, took = run_training(trainer, resume=True)
-    else:
-        small = trainer.compress()
-    seconds = time.perf_counter() - started
-    if trainer.calibration is not None and not stats_folder.is_dir():
-        trainer.calibration.save(stats_folder)
+        seconds += took.seconds
     result = {
         "row": row.fields(),
         "removed": removed_fraction(dense, small),
@@ -269,3 +292,45 @@ def _dense(
             (staging / "record.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     record = json.loads((kept / "record.json").read_text(encoding="utf-8"))
     return (resolve_name(row.model) if row.ready else str(kept)), record
+
+
+def _compressed(
+    row: Row, task: Task, data: Any, dense: Any, tokenizer: Any, results: Path, quiet: bool, shared: Shared
+) -> tuple[Any, float]:
+    """The compressed model before training, kept for other modes, and the seconds of calibration, search and refit."""
+    kept = results / "compressed" / f"{row.stats_key}-{row.key('remove', 'axes')}"
+    if not kept.is_dir():
+        statistics = results / "statistics" / row.stats_key
+        shared.take(row.stats_key, statistics)
+        searched = shared.search.seconds  # nothing where this row has to search
+        trainer = task_trainer(
+            dense,
+            tokenizer,
+            task,
+            data,
+            row.schedule(),
+            results / "work" / row.name,
+            quiet=quiet,
+            calibration=shared.calibration,
+            search=shared.search,
+            remove=row.remove,
+            axes=list(row.axes),
+            calibration_samples=row.calibration_samples,
+        )
+        took = statistics.with_name(f"{statistics.name}.json")
+        if shared.calibration is None:
+            started = time.perf_counter()
+            shared.calibration = trainer.calibrate()
+            assert shared.calibration is not None  # there are no other ranks here
+            took.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(took, json.dumps({"seconds": time.perf_counter() - started}) + "\n")
+            shared.calibration.save(statistics)
+        calibrated = json.loads(took.read_text(encoding="utf-8"))["seconds"]
+        started = time.perf_counter()
+        small = trainer.compress()
+        seconds = calibrated + searched + time.perf_counter() - started
+        with new_folder(kept) as staging:
+            small.save_pretrained(staging)
+            (staging / "record.json").write_text(json.dumps({"seconds": seconds}) + "\n", encoding="utf-8")
+    record = json.loads((kept / "record.json").read_text(encoding="utf-8"))
+    return load_model(str(kept)), record["seconds"]

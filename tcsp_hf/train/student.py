@@ -18,7 +18,7 @@ class StudentTrainer(Trainer):
         super().__init__(**kwargs)
         self.distillation = distillation
         placed: Any = teacher.to(self.args.device)  # type: ignore[arg-type]
-        self.distiller = Distiller(placed.eval(), None, 2.0, 0.0, "mean", ("labels",))
+        self.distiller = Distiller(placed.eval(), None, 2.0, 0.0, "mean", ("labels",), self.accelerator.autocast)
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, enable_full_d
 from ..architectures import family_of
 from ..calibration import Calibration, calibrate
 from ..calibration.fingerprint import model_fingerprint
-from ..compression import compress, removed_fraction
+from ..compression import Search, compress, removed_fraction
 from ..errors import TCSPError
 from ..loading import load_model
 from ..ranks import on_every_rank, on_first_rank, rank_and_size
@@ -53,6 +53,7 @@ class _CompressingTrainer(Trainer):
         *more: Any,
         teacher: PreTrainedModel | None = None,
         calibration: Calibration | None = None,
+        search: Search | None = None,
         **kwargs: Any,
     ) -> None:
         """As transformers' trainer.
@@ -62,6 +63,7 @@ class _CompressingTrainer(Trainer):
             args: `TCSPTrainingArguments`, or the sequence-to-sequence ones.
             teacher: the dense model to learn from; `model` itself where that is dense.
             calibration: statistics of `model` from elsewhere; collected on the training data when None.
+            search: see `compress`; for several budgets with the same `calibration`.
 
         Raises:
             TCSPError: other arguments than ours, a dense model without a budget or one that cannot be compressed, an
@@ -73,6 +75,7 @@ class _CompressingTrainer(Trainer):
             raise TCSPError(f"eval_strategy is {str(args.eval_strategy)!r}, but there is no eval_dataset: give one.")
         self.teacher = teacher
         self.calibration = calibration
+        self.search = search
         self._distiller: Distiller | None = None
         self._record: Record | None = None
         self._checkpoint: Path | None = None
@@ -129,6 +132,23 @@ class _CompressingTrainer(Trainer):
             if self._silenced is not None:
                 self._silenced.restore()
                 self._silenced = None
+
+    def calibrate(self) -> Calibration | None:
+        """Statistics of the dense model on the training data, which `compress()` and `train()` go on from.
+
+        Returns:
+            None on ranks other than the first.
+
+        Raises:
+            TCSPError: no usable data, or the model is compressed.
+        """
+        if is_compressed(self.model):
+            raise TCSPError("The model is compressed already.")
+        self._check_data()
+        dense: Any = self.model
+        if self.place_model_on_device:
+            self._move_model_to_device(dense, self.args.device)
+        return self._statistics(dense, model_fingerprint(dense))
 
     def compress(self) -> Any:
         """Calibrate and compress the dense model without training; `train()` afterwards only trains.
@@ -208,6 +228,7 @@ class _CompressingTrainer(Trainer):
                 remove=self.args.remove,
                 hidden_size=self.args.hidden_size,
                 axes=self.args.axes,
+                search=self.search,
                 progress=progress,
             )
             return small.cpu() if rank_and_size()[1] > 1 else small
@@ -279,6 +300,7 @@ class _CompressingTrainer(Trainer):
             hidden_weight=self.args.hidden_weight,
             pooling=self.args.pooling,
             label_names=tuple(self.label_names),
+            autocast=self.accelerator.autocast,
         )
         if self.args.hidden_weight:
             targets = None if self._checkpoint is None else load_targets(self._checkpoint)

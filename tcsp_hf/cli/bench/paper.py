@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ...errors import TCSPError
-from ...train.paper import MODES, read_rows, run_row, write_grid
+from ...train.paper import MODES, Shared, in_order, read_rows, run_row, write_grid
 from ...train.paper_report import groups_of, missed_bars, picture, report, summary
 from ..common import JsonOption, QuietOption, print_json, progress_of
 from ..finetune import bars_hidden
@@ -57,17 +57,17 @@ def paper_command(
                     f"--set is {field!r}; it must be name=value as TOML has it, such as lr=2e-4."
                 ) from error
         write_grid(rows, models.split(","), tasks.split(","), fractions, modes.split(","), drawn, fields or [])
-    chosen = read_rows(rows)
+    chosen = in_order(read_rows(rows))
     if not run:
         typer.echo(f"{len(chosen)} rows in {rows}")
         return
     output.mkdir(parents=True, exist_ok=True)
     bars = progress_of(quiet, as_json)
-    found = []
+    found, shared = [], Shared()
     for i, row in enumerate(chosen):
         if not (quiet or as_json):
             typer.echo(f"[{i + 1}/{len(chosen)}] {row.name}", err=True)
-        found.append(run_row(row, output, bars_hidden(quiet, as_json), bars))
+        found.append(run_row(row, output, bars_hidden(quiet, as_json), bars, shared))
         table = report(found, output)  # after every row: a stopped run leaves what it has
     try:
         picture(found, output / "results.png")
