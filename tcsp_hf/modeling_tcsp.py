@@ -204,7 +204,12 @@ def activate(activation: Any, linear: nn.Module, states: torch.Tensor) -> torch.
 
 
 def rms_normalise(states: torch.Tensor, weight: torch.Tensor, eps: float, overwrite: bool = False) -> torch.Tensor:
-    """`weight * x / sqrt(mean(x²) + eps)` over the last entries; over `states` themselves with `overwrite`."""
+    """`weight * x / sqrt(mean(x²) + eps)` over the last entries; over `states` themselves with `overwrite`.
+
+    Computed in the weight's dtype: under autocast that is float32, as it is for a stock model's norms.
+    """
+    if states.dtype != weight.dtype:
+        states = states.to(weight.dtype)  # of two dtypes PyTorch has no fused norm
     if states.dtype not in (torch.float32, torch.float64) or states.device.type != "cpu" or not may_overwrite():
         return nn.functional.rms_norm(states, weight.shape, weight, eps)
     # what rms_norm is made of on a processor, without its copies

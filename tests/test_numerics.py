@@ -38,6 +38,7 @@ from tcsp_hf.compression.check import doubt_about
 from tcsp_hf.compression.heads import inverse_root
 from tcsp_hf.compression.least_squares import NormalEquations, Segments, ridge, solve
 from tcsp_hf.compression.subspace import make_basis, spectrum, symmetric_root
+from tcsp_hf.modeling_tcsp import rms_normalise
 
 COMPRESS = import_module("tcsp_hf.compression.compress")  # the function has the module's name
 BERT, T5 = find("bert-ForSequenceClassification"), find("t5-ForConditionalGeneration")
@@ -324,6 +325,17 @@ def test_one_and_two_threads(case: Case, threads: None) -> None:
 
 
 # Refusal at save ------------------------------------------------------------------------------------------------------
+
+
+def test_the_norm_is_computed_in_float32_under_autocast() -> None:
+    """As a stock model's norms are."""
+    states = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = torch.rand(24, generator=torch.Generator().manual_seed(1))
+    for gradients in (False, True):  # two ways to compute it on a processor
+        with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16):
+            found = rms_normalise(states, weight, 1e-6)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, torch.nn.functional.rms_norm(states.float(), (24,), weight, 1e-6))
 
 
 def test_a_weight_that_is_not_finite_is_not_saved_unless_forced(tmp_path: Path) -> None:
