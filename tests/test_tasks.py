@@ -397,7 +397,8 @@ def paper_result(task: str, remove: float, seed: int, dense: float, score: float
     name = find_task(task).headline
     row = {"model": "some/model", "task": task, "remove": remove, "mode": "distilled", "seed": seed}
     own = {"removed": remove, "headline": name, "dense": {name: dense}, "scores": {name: score}, "seconds": 1.0}
-    return {"row": row, **own}
+    took = {"dense_seconds": 8.0, "dense_steps": 4, "training_seconds": 3.0, "steps": 2}
+    return {"row": row, **own, **took}
 
 
 def test_paper_summary_is_a_mean_over_seeds_and_tasks(tmp_path: Path) -> None:
@@ -419,6 +420,9 @@ def test_paper_summary_is_a_mean_over_seeds_and_tasks(tmp_path: Path) -> None:
     missed = missed_bars(list(rows.values()))
     assert len(missed) == 3  # the mean and the worst at 44 %, what is kept at 94 %
     assert missed_bars(summary(groups_of(results[:2]))) == []
+    assert groups[0].step == 0.75 and groups[0].dense_seconds == 8.0
+    ready = [{**results[0], "dense_seconds": None, "dense_steps": None}, results[1]]
+    assert groups_of(ready)[0].step is None and groups_of(ready)[0].dense_seconds is None
     assert "±" in report(results, tmp_path).read_text()
 
 

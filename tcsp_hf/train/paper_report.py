@@ -27,7 +27,9 @@ class Group:
         metric: the task's headline.
         removed: mean of what was really removed.
         dense, scores: one for every seed, in points (hundredths; SQuAD's metrics are in points already).
-        seconds: mean of calibration, compression and training.
+        seconds: mean of calibration, search, refit and training.
+        dense_seconds: mean of the dense model's training; None where it came trained.
+        step: time of a training step, as a fraction of the dense model's; None where either was not trained.
     """
 
     model: str
@@ -39,6 +41,8 @@ class Group:
     dense: tuple[float, ...]
     scores: tuple[float, ...]
     seconds: float
+    dense_seconds: float | None
+    step: float | None
 
     @property
     def drop(self) -> float:
@@ -67,9 +71,23 @@ def groups_of(results: list[dict[str, Any]]) -> list[Group]:
                 tuple(percent * member["dense"][name] for member in members),
                 tuple(percent * member["scores"][name] for member in members),
                 statistics.mean(member["seconds"] for member in members),
+                _mean([member["dense_seconds"] for member in members]),
+                _mean([_step(member) for member in members]),
             )
         )
     return groups
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if len(known) == len(values) else None
+
+
+def _step(result: dict[str, Any]) -> float | None:
+    """A training step's time over the dense model's."""
+    if not result["steps"] or not result["dense_steps"]:
+        return None
+    return (result["training_seconds"] / result["steps"]) / (result["dense_seconds"] / result["dense_steps"])
 
 
 def summary(groups: list[Group]) -> list[dict[str, Any]]:
@@ -123,14 +141,16 @@ def report(results: list[dict[str, Any]], folder: Path) -> Path:
     write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
     groups = groups_of(results)
     lines = [
-        "| model | task | metric | removed | mode | seeds | dense | compressed | change | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | task | metric | removed | mode | seeds | dense | compressed | change | seconds | dense seconds | step |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for group in groups:
         name = group.model.rstrip("/").split("/")[-1]
         lines.append(
             f"| {name} | {group.task} | {group.metric} | {group.removed:.1%} | {group.mode} | {len(group.scores)} | "
-            f"{_with_spread(group.dense)} | {_with_spread(group.scores)} | {-group.drop:+.2f} | {group.seconds:.0f} |"
+            f"{_with_spread(group.dense)} | {_with_spread(group.scores)} | {-group.drop:+.2f} | {group.seconds:.0f} | "
+            f"{'-' if group.dense_seconds is None else f'{group.dense_seconds:.0f}'} | "
+            f"{'-' if group.step is None else f'{group.step:.2f}'} |"
         )
     lines += [
         "",
@@ -148,7 +168,8 @@ def report(results: list[dict[str, Any]], folder: Path) -> Path:
     lines += [
         "",
         "Scores are those of the last weights; nothing was selected on the evaluation split. Behind ± is the standard "
-        "deviation over seeds.",
+        "deviation over seeds. Seconds are of calibration, search, refit and training, then of the dense model's training; "
+        "a step's time is a fraction of the dense model's (the teacher's forward pass is part of a distilled one).",
         "",
         published["note"],
         "",
