@@ -141,7 +141,8 @@ def report(results: list[dict[str, Any]], folder: Path) -> Path:
     write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
     groups = groups_of(results)
     lines = [
-        "| model | task | metric | removed | mode | seeds | dense | compressed | change | seconds | dense seconds | step |",
+        "| model | task | metric | removed | mode | seeds | dense | compressed | change | seconds | dense seconds "
+        "| step |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for group in groups:
@@ -168,8 +169,9 @@ def report(results: list[dict[str, Any]], folder: Path) -> Path:
     lines += [
         "",
         "Scores are those of the last weights; nothing was selected on the evaluation split. Behind ± is the standard "
-        "deviation over seeds. Seconds are of calibration, search, refit and training, then of the dense model's training; "
-        "a step's time is a fraction of the dense model's (the teacher's forward pass is part of a distilled one).",
+        "deviation over seeds. Seconds are of calibration, search, refit and training, then of the dense model's "
+        "training; a step's time is a fraction of the dense model's (the teacher's forward pass is part of a distilled "
+        "one).",
         "",
         published["note"],
         "",
