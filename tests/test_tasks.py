@@ -376,6 +376,11 @@ def test_bench_paper(data: Path, base: Path, tmp_path: Path, monkeypatch: pytest
     assert [entry["steps"] for entry in found] == [2, 2, 0]  # distilled, fine-tuned, retraining-free
     written = {path: path.stat().st_mtime_ns for path in results.glob("*-*.json")}
     (results / f"{paths[0].stem}.json").unlink()
+    older = results / f"{paths[1].stem}.json"  # of a version that did not have this field
+    result = json.loads(older.read_text())
+    assert result["row"].pop("temperature") == 2.0
+    older.write_text(json.dumps(result))
+    written[older] = older.stat().st_mtime_ns
     again = json.loads(tcsp("bench", "paper", rows, "-o", results, "--json"))
     assert [entry["scores"] for entry in again] == [entry["scores"] for entry in found]
     kept = [path for path, stamp in written.items() if path.stat().st_mtime_ns == stamp]
@@ -386,7 +391,11 @@ def test_bench_paper(data: Path, base: Path, tmp_path: Path, monkeypatch: pytest
     paths[0].write_text(paths[0].read_text().replace("0.2", "0.3"))
     with pytest.raises(TCSPError, match="other settings"):
         tcsp("bench", "paper", rows, "-o", results)
-    for line, match in (("mode = 'x'", "Cannot overwrite"), ("fraction = 1", "unknown field 'fraction'")):
+    for line, match in (
+        ("mode = 'x'", "Cannot overwrite"),
+        ("fraction = 1", "unknown field 'fraction'"),
+        ("distillation = 2", "distillation is 2"),
+    ):
         paths[0].write_text(paths[0].read_text() + line + "\n")
         with pytest.raises(TCSPError, match=match):
             tcsp("bench", "paper", rows, "-o", results)

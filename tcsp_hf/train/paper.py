@@ -24,6 +24,7 @@ from ..errors import TCSPError
 from ..files import new_folder, write_whole
 from ..loading import load_model, load_tokenizer, resolve_name
 from ..tasks import Task, find_task, score
+from .arguments import TCSPTrainingArguments
 from .distil import run_training, task_trainer
 from .finetune import Schedule, choose_rows, finetune
 from .models import load_for_task
@@ -47,6 +48,7 @@ class Row:
         dense_epochs, dense_lr: of the dense model's fine-tuning.
         epochs, lr: of the compressed model's; as many epochs as the dense one had when None.
         batch_size, max_length, seed, bf16: of both.
+        distillation, temperature, hidden_weight, dropout: of `"distilled"`; see `TCSPTrainingArguments`.
         calibration_samples, train_samples, eval_samples: caps; None takes all.
         train_split, eval_split, form: None takes the task's own.
     """
@@ -66,6 +68,10 @@ class Row:
     max_length: int | None = None
     seed: int = 0
     bf16: bool = False
+    distillation: float = 0.9
+    temperature: float = 2.0
+    hidden_weight: float = 1.0
+    dropout: bool | None = None
     calibration_samples: int = 2000
     train_samples: int | None = None
     eval_samples: int | None = None
@@ -99,6 +105,7 @@ class Row:
         if not isinstance(row.remove, float) or not 0.0 < row.remove < 1.0:
             raise TCSPError(f"{path}: remove is {row.remove!r}; it must be a fraction between 0 and 1.")
         row.schedule()
+        TCSPTrainingArguments("unused", use_cpu=True, **row.teaching())
         return row
 
     def schedule(self, dense: bool = False) -> Schedule:
@@ -106,6 +113,13 @@ class Row:
         epochs = self.dense_epochs if dense or self.epochs is None else self.epochs
         rate = self.dense_lr if dense else self.lr
         return Schedule(epochs, rate, self.batch_size, self.max_length, seed=self.seed, bf16=self.bf16)
+
+    def teaching(self) -> dict[str, Any]:
+        """What the dense model's part in the loss is, as options of `TCSPTrainingArguments`."""
+        if self.mode == "fine-tuned":
+            return {"distillation": 0.0}
+        names = ("distillation", "temperature", "hidden_weight", "dropout")
+        return {name: getattr(self, name) for name in names}
 
     def fields(self) -> dict[str, Any]:
         """As JSON has them."""
@@ -125,6 +139,9 @@ class Row:
     @property
     def stats_key(self) -> str:
         return f"{self.dense_key}-{self.key('calibration_samples', 'train_samples')}"
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Row) if field.default is not dataclasses.MISSING}
 
 
 def read_rows(source: Path) -> list[Row]:
@@ -219,7 +236,7 @@ def run_row(
     path = results / f"{row.name}.json"
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["row"] != row.fields():
+        if _DEFAULTS | found["row"] != row.fields():  # a result may be older than a field
             raise TCSPError(
                 f"{path} is the result of other settings: rename the row, or remove the file to run it again."
             )
@@ -233,7 +250,6 @@ def run_row(
     small, seconds = _compressed(row, task, data, dense, tokenizer, results, quiet, shared or Shared())
     took = None
     if row.mode != "retraining-free":
-        alone: dict[str, Any] = {"distillation": 0.0} if row.mode == "fine-tuned" else {}
         trainer = task_trainer(
             dense,
             tokenizer,
@@ -245,7 +261,7 @@ def run_row(
             student=small,
             save_strategy="epoch",
             save_total_limit=1,
-            **alone,
+            **row.teaching(),
         )
         small, took = run_training(trainer, resume=True)
         seconds += took.seconds
