@@ -89,10 +89,11 @@ def main() -> None:
     chosen = tuple(parser.parse_args().names) or ("",)
     if os.environ.get("TCSP_SMALL") == "1":
         sys.exit("TCSP_SMALL is set: figures of the small setting mean nothing, and none are kept.")
+    paths = [path for path in sorted(HERE.glob("*.ipynb")) if path.name.startswith(chosen)]
+    if not paths:
+        sys.exit(f"No notebook's name begins with {' or '.join(chosen)}.")
     failed = False
-    for path in sorted(HERE.glob("*.ipynb")):
-        if not path.name.startswith(chosen):
-            continue
+    for path in paths:
         notebook = nbformat.read(path, as_version=4)
         begun = time.perf_counter()
         run(notebook)

@@ -90,16 +90,16 @@ def probabilities(model: torch.nn.Module) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("labelled", "fields", "on"),
     [
-        (True, {}, True),
+        (True, {}, False),
         (False, {}, False),
-        (True, {"distillation": 1.0}, False),
+        (True, {"dropout": True}, True),
         (False, {"dropout": True}, True),
-        (True, {"dropout": False}, False),
+        (True, {"distillation": 0.0, "dropout": False}, False),
         (True, {"distillation": 0.0}, True),
     ],
     ids=str,
 )
-def test_dropout_where_labels_count(
+def test_dropout_where_labels_alone_count(
     case: Case, labelled: bool, fields: dict[str, Any], on: bool, tmp_path: Path
 ) -> None:
     seen = _Probabilities()

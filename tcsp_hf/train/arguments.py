@@ -39,8 +39,8 @@ class TCSPTrainingArguments(TrainingArguments):
     dropout: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether the compressed model drops out while it is trained. None: only where labels have a part "
-            "in the loss, since the dense model drops nothing."
+            "help": "Whether the compressed model drops out while it is trained. None: only where it learns from "
+            "labels alone, since the dense model drops nothing."
         },
     )
     pooling: str = field(default="mean", metadata={"help": "Of an embedding model: mean, cls or pooler."})

@@ -63,7 +63,7 @@ class Row:
     dense_epochs: float = 3.0
     dense_lr: float = 5e-5
     epochs: float | None = None
-    lr: float = 2e-4
+    lr: float = 5e-5
     batch_size: int = 32
     max_length: int | None = None
     seed: int = 0

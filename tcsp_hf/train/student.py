@@ -11,7 +11,7 @@ from .distillation import Distiller, Silenced
 class StudentTrainer(Trainer):
     """A Trainer whose loss is by `distillation` the teacher's outputs at temperature 2, for the rest the labels.
 
-    The student drops out only where labels have a part in the loss (`distillation` below 1).
+    The student drops nothing out, as the teacher does not.
     """
 
     def __init__(self, teacher: PreTrainedModel, distillation: float, **kwargs: Any) -> None:
@@ -31,9 +31,8 @@ class StudentTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         assert self.model is not None
-        silenced = Silenced(self.model) if self.distillation == 1.0 else None
+        silenced = Silenced(self.model)
         try:
             return super().train(*args, **kwargs)
         finally:
-            if silenced is not None:
-                silenced.restore()
+            silenced.restore()

@@ -80,7 +80,6 @@ class _CompressingTrainer(Trainer):
         self._record: Record | None = None
         self._checkpoint: Path | None = None
         self._starting = False
-        self._labelled = True
         self._silenced: Silenced | None = None
         super().__init__(model, args, *more, **kwargs)
         if not is_compressed(self.model):
@@ -192,7 +191,7 @@ class _CompressingTrainer(Trainer):
         """Whether the model's dropout is on while it is trained; see `TCSPTrainingArguments.dropout`."""
         if self.args.dropout is not None:
             return self.args.dropout
-        return self._distiller is None or (self._labelled and self.args.distillation < 1.0)
+        return self._distiller is None
 
     def _take(self, model: Any) -> None:
         """Put another model in the place of the one that the trainer was made with."""
@@ -357,7 +356,7 @@ class _CompressingTrainer(Trainer):
         for name, data in evaluated.items():
             if data is not None and self.args.eval_strategy != "no":
                 self._first_batch(f"eval_dataset {name}".strip(), data)
-        labelled = self._labelled = any(batch.get(name) is not None for name in self.label_names)
+        labelled = any(batch.get(name) is not None for name in self.label_names)
         taught = self.args.distillation > 0 and (self.teacher is not None or not is_compressed(self.model))
         if not labelled and not taught:
             raise TCSPError(
