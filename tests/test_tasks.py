@@ -394,7 +394,10 @@ def test_bench_paper(data: Path, base: Path, tmp_path: Path, monkeypatch: pytest
     for line, match in (
         ("mode = 'x'", "Cannot overwrite"),
         ("fraction = 1", "unknown field 'fraction'"),
-        ("distillation = 2", "distillation is 2"),
+        ("distillation = 2", r"\.toml: distillation is 2"),
+        ("temperature = 'hot'", "temperature is 'hot'"),
+        ("hidden_weight = -1", "hidden_weight is -1"),
+        ("dropout = 'no'", "dropout is 'no'"),
     ):
         paths[0].write_text(paths[0].read_text() + line + "\n")
         with pytest.raises(TCSPError, match=match):

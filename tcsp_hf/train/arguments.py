@@ -1,11 +1,24 @@
 """The arguments that compression and distillation add to transformers' own."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from ..calibration.objectives import POOLINGS
 from ..errors import TCSPError
+
+
+def check_teaching(distillation: Any, temperature: Any, hidden_weight: Any, dropout: Any) -> None:
+    """Raise TCSPError unless the dense model's part in the loss can be what these fields of the arguments say."""
+    if not isinstance(distillation, int | float) or not 0.0 <= distillation <= 1.0:
+        raise TCSPError(f"distillation is {distillation!r}; it must be a number from 0 to 1.")
+    if not isinstance(temperature, int | float) or not temperature > 0.0:
+        raise TCSPError(f"temperature is {temperature!r}; it must be a number above 0.")
+    if not isinstance(hidden_weight, int | float) or not hidden_weight >= 0.0:
+        raise TCSPError(f"hidden_weight is {hidden_weight!r}; it must be a number and must not be below 0.")
+    if not isinstance(dropout, bool | None):
+        raise TCSPError(f"dropout is {dropout!r}; it must be true, false or left out.")
 
 
 @dataclass
@@ -55,12 +68,7 @@ class TCSPTrainingArguments(TrainingArguments):
             raise TCSPError(f"hidden_size is {self.hidden_size!r}; it must be a positive integer.")
         if self.calibration_samples < 1:
             raise TCSPError(f"calibration_samples is {self.calibration_samples!r}; it must be a positive integer.")
-        if not 0.0 <= self.distillation <= 1.0:
-            raise TCSPError(f"distillation is {self.distillation!r}; it must be a number from 0 to 1.")
-        if not self.temperature > 0.0:
-            raise TCSPError(f"temperature is {self.temperature!r}; it must be above 0.")
-        if not self.hidden_weight >= 0.0:
-            raise TCSPError(f"hidden_weight is {self.hidden_weight!r}; it must not be below 0.")
+        check_teaching(self.distillation, self.temperature, self.hidden_weight, self.dropout)
         if self.pooling not in POOLINGS:
             raise TCSPError(f"pooling is {self.pooling!r}; allowed: {', '.join(POOLINGS)}.")
 

@@ -24,7 +24,7 @@ from ..errors import TCSPError
 from ..files import new_folder, write_whole
 from ..loading import load_model, load_tokenizer, resolve_name
 from ..tasks import Task, find_task, score
-from .arguments import TCSPTrainingArguments
+from .arguments import check_teaching
 from .distil import run_training, task_trainer
 from .finetune import Schedule, choose_rows, finetune
 from .models import load_for_task
@@ -105,7 +105,10 @@ class Row:
         if not isinstance(row.remove, float) or not 0.0 < row.remove < 1.0:
             raise TCSPError(f"{path}: remove is {row.remove!r}; it must be a fraction between 0 and 1.")
         row.schedule()
-        TCSPTrainingArguments("unused", use_cpu=True, **row.teaching())
+        try:
+            check_teaching(row.distillation, row.temperature, row.hidden_weight, row.dropout)
+        except TCSPError as error:
+            raise TCSPError(f"{path}: {error}") from error
         return row
 
     def schedule(self, dense: bool = False) -> Schedule:
