@@ -344,6 +344,18 @@ def test_finetune_from_a_configuration(data: Path, tmp_path: Path, monkeypatch: 
     assert json.loads((out / "results.json").read_text())["random_weights"] is True
 
 
+def test_train_a_pretrained_model(data: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has no head yet: it is cut by its hidden states, and learns from the labels alone."""
+    monkeypatch.setenv("TCSP_DATA_DIR", str(data))
+    small = tmp_path / "small"
+    common = ("--task", "mrpc", "--max-length", 30, "--json")
+    found = json.loads(tcsp("train", "--model", base, "--remove", 0.3, "--epochs", 2, "-o", small, *common))
+    assert found["removed"] >= 0.3 and found["distillation"] == 0.0
+    assert set(found["scores"]) == {"compressed"}, "an untrained head has no score worth telling"
+    assert json.loads((small / "results.json").read_text())["scores"] == found["scores"]
+    assert json.loads(tcsp("evaluate", small, *common))["scores"] == pytest.approx(found["scores"]["compressed"])
+
+
 def test_train_on_unlabelled_text(base: Path, tmp_path: Path) -> None:
     text = tmp_path / "train.txt"
     text.write_text("\n".join(f"w{i} w{i + 1} w{i % 5}" for i in range(60)))
@@ -388,9 +400,21 @@ def test_bench_paper(data: Path, base: Path, tmp_path: Path, monkeypatch: pytest
     assert "CoFi" in (results / "README.md").read_text()
     assert all(entry["dense_steps"] == 2 and entry["dense_seconds"] > 0 for entry in found)
     assert all((entry["training_seconds"] is None) == (entry["steps"] == 0) for entry in found)
+    grid = ("--models", base, "--tasks", "mrpc", "--remove", "0.2", "--modes", "from-pretrained", "--no-run")
+    tcsp("bench", "paper", rows, "-o", results, *grid)
+    (fourth,) = rows.glob("*-from-pretrained.toml")
+    fourth.write_text(fourth.read_text() + "dense_epochs = 1\nmax_length = 30\n")
+    (entry,) = [e for e in json.loads(tcsp("bench", "paper", rows, "-o", results, "--json")) if e not in again]
+    assert entry["row"]["mode"] == "from-pretrained" and entry["steps"] == 2 and entry["removed"] >= 0.2
+    assert entry["dense"] == again[0]["dense"] and entry["seconds"] > entry["training_seconds"]
     paths[0].write_text(paths[0].read_text().replace("0.2", "0.3"))
     with pytest.raises(TCSPError, match="other settings"):
         tcsp("bench", "paper", rows, "-o", results)
+    settled = fourth.read_text()
+    fourth.write_text(settled + "ready = true\n")
+    with pytest.raises(TCSPError, match="from-pretrained', but ready"):
+        tcsp("bench", "paper", rows, "-o", results)
+    fourth.write_text(settled)
     for line, match in (
         ("mode = 'x'", "Cannot overwrite"),
         ("fraction = 1", "unknown field 'fraction'"),

@@ -9,6 +9,7 @@ import typer
 
 from ..architectures import dense_hidden_size
 from ..compression import removed_fraction
+from ..compression.body import new_head
 from ..data.sources import SQUAD_SETS, first_rows, load_data
 from ..errors import TCSPError
 from ..files import check_output_folder
@@ -19,6 +20,7 @@ from ..tasks import TASKS, find_task, score
 from ..tasks.table import Task
 from ..train.distil import run_training, task_trainer
 from ..train.finetune import Schedule, choose_rows
+from ..train.models import load_dense
 from ..train.trainer import is_compressed
 from .common import (
     JsonOption,
@@ -48,7 +50,10 @@ from .finetune import (
 
 def train_command(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="The dense model: fine-tuned on the task, or an embedding model.")],
+    model: Annotated[
+        str,
+        typer.Option(help="The dense model: fine-tuned on the task, only pretrained, or an embedding model."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the compressed model.")],
     task: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(TASKS)}; without it, --data is unlabelled text.")
@@ -95,6 +100,8 @@ def train_command(
 ) -> None:
     """Calibrate, compress and fine-tune with the dense model as teacher. The last weights are kept.
 
+    A BERT that was only pretrained is calibrated by its hidden states, and learns the task from the labels alone.
+
     Example: tcsp train --model bert-mrpc/ --task mrpc --remove 0.6 -o small/
 
     On several processes: accelerate launch -m tcsp_hf train ..., or torchrun.
@@ -114,7 +121,8 @@ def train_command(
     rows = choose_rows(rows, train_samples, seed)
     held_out = None if chosen is None else first_rows(chosen.load(eval_split, data), eval_samples)
     name = resolve_name(model)
-    dense, tokenizer = load_model(name), load_tokenizer(name)
+    dense, tokenizer = load_dense(name, chosen, seed), load_tokenizer(name)
+    untrained = chosen is not None and new_head(dense) is not None
     started = None if student is None else load_model(student)
     if started is not None and not is_compressed(started):
         raise TCSPError(f"--student is {student!r}, which is not compressed: give its folder as --model.")
@@ -131,7 +139,7 @@ def train_command(
         "hidden_size": hidden_size,
         "axes": None if remove is None or axes is None else [axis.strip() for axis in axes.split(",")],
         "calibration_samples": calibration_samples,
-        "distillation": distillation,
+        "distillation": 0.0 if untrained else distillation,
         "temperature": temperature,
         "hidden_weight": hidden_weight,
         "dropout": dropout,
@@ -160,7 +168,8 @@ def train_command(
         tokenizer.save_pretrained(staging)
         scores: dict[str, dict[str, float]] = {}
         if chosen is not None and held_out is not None:
-            for label, found in (("dense", dense), ("compressed", small)):
+            scored = {"compressed": small} if untrained else {"dense": dense, "compressed": small}
+            for label, found in scored.items():
                 scores[label] = score(found, tokenizer, chosen, held_out, max_length=max_length, progress=bars)
         summary: dict[str, Any] = {
             "model": model,
@@ -187,10 +196,12 @@ def train_command(
         return
     table = []
     if chosen is not None:
-        pairs = zip(score_rows(chosen, scores["dense"]), score_rows(chosen, scores["compressed"]), strict=True)
-        table = [[name, before, after] for (name, before), (_, after) in pairs]
+        columns = [dict(score_rows(chosen, found)) for found in scores.values()]
+        table = [[name, *(column[name] for column in columns)] for name in columns[0]]
     note = f"{len(rows):,} training rows, {took.steps:,} steps, {took.seconds:.0f} s"
-    print_table(f"{model}: {summary['removed']:.1%} removed -> {output}", ["", "dense", "compressed"], table, note)
+    if untrained:
+        note += "; from labels alone, since the dense model was not trained on the task"
+    print_table(f"{model}: {summary['removed']:.1%} removed -> {output}", ["", *scores], table, note)
 
 
 def evaluations_of(task: Task, split: str, scores: dict[str, dict[str, float]]) -> tuple[Evaluation, ...]:
@@ -198,6 +209,6 @@ def evaluations_of(task: Task, split: str, scores: dict[str, dict[str, float]]) 
     kind = "question-answering" if task.is_qa else "text-classification"
     data, config = (SQUAD_SETS[task.name], None) if task.is_qa else ("nyu-mll/glue", task.name)
     return tuple(
-        Evaluation(kind, data, split, name, value, scores["dense"][name], config=config)
+        Evaluation(kind, data, split, name, value, scores.get("dense", {}).get(name), config=config)
         for name, value in scores["compressed"].items()
     )

@@ -9,6 +9,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 from ..calibration import Calibration
 from ..calibration.inputs import TEXT_COLUMNS
 from ..compression import Search
+from ..compression.body import new_head
 from ..errors import TCSPError
 from ..tasks.features import make_collator, make_features
 from ..tasks.table import TEXT, Task, form_of
@@ -58,6 +59,8 @@ def task_trainer(
 ) -> TCSPTrainer | TCSPSeq2SeqTrainer:
     """The trainer that compresses a dense model and trains the result with the dense one as teacher.
 
+    Where the dense model's head is new, the labels alone teach.
+
     Args:
         task: None for unlabelled text and any head (an embedding model).
         data: rows of the task, or text (see `text_features`).
@@ -81,7 +84,7 @@ def task_trainer(
     trainer = made[0](
         dense if student is None else student,
         arguments,
-        teacher=dense,
+        teacher=None if new_head(dense) else dense,
         train_dataset=features,
         data_collator=collator,
         processing_class=tokenizer,

@@ -13,9 +13,12 @@ from transformers import (
     set_seed,
 )
 
+from ..architectures import family_of
 from ..errors import TCSPError
-from ..loading import check_shards
+from ..loading import check_shards, load_model
 from ..tasks.table import CLASSIFICATION, SPANS, TEXT, Task
+
+_PRETRAINED = [("bert", head) for head in ("Model", "ForMaskedLM", "ForPreTraining", "ForNextSentencePrediction")]
 
 
 def default_form(config: Any, task: Task) -> str:
@@ -72,3 +75,15 @@ def load_for_task(
     except (OSError, ValueError, KeyError) as error:
         raise TCSPError(f"The model {name!r} cannot be loaded: {error}") from error
     return model, chosen
+
+
+def load_dense(name: str, task: Task | None, seed: int = 0) -> PreTrainedModel:
+    """A dense model as it was saved; a BERT that was only pretrained under a new head for the task.
+
+    Raises:
+        TCSPError: the checkpoint cannot be read, or is not one of a dense model that can be compressed.
+    """
+    model = load_model(name)
+    if task is None or family_of(model) not in _PRETRAINED:
+        return model
+    return load_for_task(name, task, seed=seed)[0]

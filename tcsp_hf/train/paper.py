@@ -29,7 +29,7 @@ from .distil import run_training, task_trainer
 from .finetune import Schedule, choose_rows, finetune
 from .models import load_for_task
 
-MODES = ("retraining-free", "fine-tuned", "distilled")
+MODES = ("retraining-free", "fine-tuned", "distilled", "from-pretrained")
 _LABELS = {"model", "task", "remove", "mode"}
 
 
@@ -42,10 +42,12 @@ class Row:
         model: folder or Hub name; fine-tuned on the task first unless `ready`.
         task: see `tasks.TASKS`.
         remove: fraction of the non-embedding parameters to remove.
-        mode: `"retraining-free"` (no label, no training), `"fine-tuned"` (labels alone) or `"distilled"`.
+        mode: `"retraining-free"` (no label, no training), `"fine-tuned"` (labels alone) or `"distilled"`, all three
+            from the fine-tuned dense model; or `"from-pretrained"` (the model itself, before any training on the task,
+            compressed and then fine-tuned as the dense one is, on labels alone).
         axes: what may be cut.
         ready: the model is fine-tuned on the task already.
-        dense_epochs, dense_lr: of the dense model's fine-tuning.
+        dense_epochs, dense_lr: of the dense model's fine-tuning, and of `"from-pretrained"`.
         epochs, lr: of the compressed model's; as many epochs as the dense one had when None.
         batch_size, max_length, seed, bf16: of both.
         distillation, temperature, hidden_weight, dropout: of `"distilled"`; see `TCSPTrainingArguments`.
@@ -104,6 +106,8 @@ class Row:
             raise TCSPError(f"{path}: mode is {row.mode!r}; allowed: {', '.join(MODES)}.")
         if not isinstance(row.remove, float) or not 0.0 < row.remove < 1.0:
             raise TCSPError(f"{path}: remove is {row.remove!r}; it must be a fraction between 0 and 1.")
+        if row.mode == "from-pretrained" and row.ready:
+            raise TCSPError(f"{path}: mode is 'from-pretrained', but ready says that the model is fine-tuned already.")
         row.schedule()
         try:
             check_teaching(row.distillation, row.temperature, row.hidden_weight, row.dropout)
@@ -117,9 +121,13 @@ class Row:
         rate = self.dense_lr if dense else self.lr
         return Schedule(epochs, rate, self.batch_size, self.max_length, seed=self.seed, bf16=self.bf16)
 
+    def cut(self) -> dict[str, Any]:
+        """What is removed, and how it is chosen, as options of `TCSPTrainingArguments`."""
+        return {"remove": self.remove, "axes": list(self.axes), "calibration_samples": self.calibration_samples}
+
     def teaching(self) -> dict[str, Any]:
         """What the dense model's part in the loss is, as options of `TCSPTrainingArguments`."""
-        if self.mode == "fine-tuned":
+        if self.mode in ("fine-tuned", "from-pretrained"):
             return {"distillation": 0.0}
         names = ("distillation", "temperature", "hidden_weight", "dropout")
         return {name: getattr(self, name) for name in names}
@@ -249,8 +257,14 @@ def run_row(
     held_out = task.load(row.eval_split)
     held_out = held_out.select(range(min(row.eval_samples or len(held_out), len(held_out))))
     folder, dense_record = _dense(row, task, data, held_out, results, quiet, progress)
-    dense, tokenizer = load_model(folder), load_tokenizer(folder)
-    small, seconds = _compressed(row, task, data, dense, tokenizer, results, quiet, shared or Shared())
+    small: Any
+    if row.mode == "from-pretrained":
+        folder = resolve_name(row.model)
+        dense, tokenizer = load_for_task(folder, task, row.form, row.seed)[0], load_tokenizer(folder)
+        small, seconds = None, 0.0  # the trainer makes it
+    else:
+        dense, tokenizer = load_model(folder), load_tokenizer(folder)
+        small, seconds = _compressed(row, task, data, dense, tokenizer, results, quiet, shared or Shared())
     took = None
     if row.mode != "retraining-free":
         trainer = task_trainer(
@@ -258,13 +272,14 @@ def run_row(
             tokenizer,
             task,
             data,
-            row.schedule(),
+            row.schedule(dense=small is None),
             results / "work" / row.name,
             quiet=quiet,
             student=small,
             save_strategy="epoch",
             save_total_limit=1,
             **row.teaching(),
+            **(row.cut() if small is None else {}),
         )
         small, took = run_training(trainer, resume=True)
         seconds += took.seconds
@@ -332,9 +347,7 @@ def _compressed(
             quiet=quiet,
             calibration=shared.calibration,
             search=shared.search,
-            remove=row.remove,
-            axes=list(row.axes),
-            calibration_samples=row.calibration_samples,
+            **row.cut(),
         )
         took = statistics.with_name(f"{statistics.name}.json")
         if shared.calibration is None:

@@ -171,7 +171,8 @@ def report(results: list[dict[str, Any]], folder: Path) -> Path:
         "Scores are those of the last weights; nothing was selected on the evaluation split. Behind ± is the standard "
         "deviation over seeds. Seconds are of calibration, search, refit and training, then of the dense model's "
         "training; a step's time is a fraction of the dense model's (the teacher's forward pass is part of a distilled "
-        "one).",
+        "one). `from-pretrained` rows were compressed before any training on the task, then trained as the dense model "
+        "was, so their seconds stand for all that it takes.",
         "",
         published["note"],
         "",

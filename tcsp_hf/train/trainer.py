@@ -18,6 +18,7 @@ from ..architectures import family_of
 from ..calibration import Calibration, calibrate
 from ..calibration.fingerprint import model_fingerprint
 from ..compression import Search, compress, removed_fraction
+from ..compression.body import compress_body, has_body, new_head
 from ..errors import TCSPError
 from ..loading import load_model
 from ..ranks import on_every_rank, on_first_rank, rank_and_size
@@ -61,7 +62,7 @@ class _CompressingTrainer(Trainer):
         Args:
             model: dense (it is compressed when training starts) or compressed (it is fine-tuned).
             args: `TCSPTrainingArguments`, or the sequence-to-sequence ones.
-            teacher: the dense model to learn from; `model` itself where that is dense.
+            teacher: the dense model to learn from; `model` itself where that is dense and its head was trained.
             calibration: statistics of `model` from elsewhere; collected on the training data when None.
             search: see `compress`; for several budgets with the same `calibration`.
 
@@ -147,6 +148,7 @@ class _CompressingTrainer(Trainer):
         dense: Any = self.model
         if self.place_model_on_device:
             self._move_model_to_device(dense, self.args.device)
+        dense = self._cut(dense)
         return self._statistics(dense, model_fingerprint(dense))
 
     def compress(self) -> Any:
@@ -158,7 +160,7 @@ class _CompressingTrainer(Trainer):
         if is_compressed(self.model):
             raise TCSPError("The model is compressed already.")
         self._check_data()
-        self.teacher = self.teacher if self.teacher is not None else _plain(self.model)
+        self.teacher = self._teacher_of(_plain(self.model))
         self._take(self._compressed(self.model))
         return _plain(self.model).eval()
 
@@ -175,7 +177,7 @@ class _CompressingTrainer(Trainer):
                 logger.warning("The model is compressed already: remove and hidden_size have no effect.")
             small, teacher = model, self.teacher
         else:
-            teacher = self.teacher if self.teacher is not None else model
+            teacher = self._teacher_of(model)
             small = self._compressed(model)
             if self.model_init is None:
                 self.teacher = teacher  # a second call of train() goes on learning from it
@@ -185,6 +187,21 @@ class _CompressingTrainer(Trainer):
         # every run goes on from the same random state, whether it calibrated or resumed
         (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
         return small
+
+    def _teacher_of(self, dense: Any) -> Any:
+        """The model to learn from; None where a dense model's head is new and no other teacher was given."""
+        if self.teacher is not None:
+            return self.teacher
+        head = new_head(_plain(dense))
+        if head is None:
+            return dense
+        if self.args.distillation:
+            logger.warning(
+                "The dense model's %s was never trained, so its outputs teach nothing: the compressed model learns "
+                "from the labels alone. Fine-tune the dense model first, or give teacher=, for distillation.",
+                head,
+            )
+        return None
 
     @property
     def _drops_out(self) -> bool:
@@ -209,19 +226,20 @@ class _CompressingTrainer(Trainer):
         budget = self.args.budget
         if self.args.remove is None and self.args.hidden_size is None:
             raise TCSPError("The model is dense, so a budget is needed: give remove= or hidden_size=.")
-        fingerprint = model_fingerprint(dense)
+        cut = self._cut(dense)
+        fingerprint = model_fingerprint(cut)
         if self._checkpoint is not None:
             check_resumable(self._checkpoint, budget, fingerprint)
             self._record = Record(budget, fingerprint)
             return load_model(str(self._checkpoint), "auto", str(self.args.device))
         if self.place_model_on_device:
             self._move_model_to_device(dense, self.args.device)
-        stats = self._statistics(dense, fingerprint)
+        stats = self._statistics(cut, fingerprint)
         progress = False if self.args.disable_tqdm else None
 
         def make() -> PreTrainedModel:
             assert stats is not None  # the first rank holds them
-            small = compress(
+            small = (compress if cut is dense else compress_body)(
                 dense,
                 stats,
                 remove=self.args.remove,
@@ -240,8 +258,15 @@ class _CompressingTrainer(Trainer):
         logger.info("Compressed: %.1f %% of the parameters removed.", 100 * removed_fraction(dense, small))
         return small
 
+    def _cut(self, dense: Any) -> Any:
+        """What is calibrated and compressed: the dense model, or the one below its head where that is new."""
+        if new_head(dense) is None or not has_body(dense):
+            return dense
+        given = self.calibration
+        return dense if given is not None and given.model_fingerprint == model_fingerprint(dense) else dense.base_model
+
     def _statistics(self, dense: Any, fingerprint: str) -> Calibration | None:
-        """Statistics of the dense model on the training data; None on ranks other than the first."""
+        """Statistics of a dense model on the training data; None on ranks other than the first."""
         found = self.calibration
         if found is not None and found.model_fingerprint == fingerprint:
             return found
@@ -357,11 +382,14 @@ class _CompressingTrainer(Trainer):
             if data is not None and self.args.eval_strategy != "no":
                 self._first_batch(f"eval_dataset {name}".strip(), data)
         labelled = any(batch.get(name) is not None for name in self.label_names)
-        taught = self.args.distillation > 0 and (self.teacher is not None or not is_compressed(self.model))
+        head = None if is_compressed(self.model) else new_head(_plain(self.model))
+        own = head is None and not is_compressed(self.model)
+        taught = self.args.distillation > 0 and (self.teacher is not None or own)
         if not labelled and not taught:
+            new = "" if head is None else f" (the {head} of this one was never trained)"
             raise TCSPError(
                 f"train_dataset has no labels ({', '.join(self.label_names) or 'the model takes none'}), and there is "
-                "no dense model to learn from: give labels, or teacher= and distillation above 0."
+                f"no dense model to learn from{new}: give labels, or teacher= and distillation above 0."
             )
 
     def _first_batch(self, where: str, data: Any) -> Mapping[str, Any]:

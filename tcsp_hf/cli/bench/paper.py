@@ -21,7 +21,9 @@ def paper_command(
     ] = None,
     tasks: Annotated[str, typer.Option(help="Of the files to write.")] = "mrpc,rte,cola,stsb,sst2,qnli,squad",
     remove: Annotated[str, typer.Option(help="Of the files to write.")] = "0.44,0.6,0.8,0.94",
-    modes: Annotated[str, typer.Option(help="Of the files to write.")] = ",".join(MODES),
+    modes: Annotated[
+        str, typer.Option(help=f"Of the files to write; some of {', '.join(MODES)}.")
+    ] = "retraining-free,fine-tuned,distilled",
     seeds: Annotated[str, typer.Option(help="Of the files to write.")] = "0",
     fields: Annotated[
         list[str] | None, typer.Option("--set", help="A further field of the files to write, such as dense_epochs=5.")
@@ -34,6 +36,8 @@ def paper_command(
     as_json: JsonOption = False,
 ) -> None:
     """The paper's experiment: {models} x {tasks} x {removed} x {retraining-free, fine-tuned, distilled} x {seeds}.
+
+    A fourth mode, from-pretrained, compresses the model before any training on the task and trains it on the labels.
 
     The last weights are scored: nothing is selected on the evaluation split. A stopped run goes on where it was.
     Writes results.json, README.md and, with matplotlib, results.png.
