@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from common import Case, find, largest_difference, make_dense, make_inputs, make_rows, outputs
-from training import make_trainer, same, weights
+from training import make_data, make_trainer, same, weights
 from transformers import AutoModelForSequenceClassification
 
 from tcsp_hf import TCSPError
@@ -74,6 +74,7 @@ def test_remove_counts_the_head_too(case: Case, tmp_path: Path) -> None:
     dense = make_untrained(case)
     small = compress_body(dense, body_statistics(case, dense), remove=0.3)
     assert small.config.projection["removed"] >= 0.3
+    assert small.config.projection["source_parameters"] == sum(p.numel() for p in dense.parameters())
     small.save_pretrained(tmp_path)
     inputs = make_inputs(case)
     again = type(small).from_pretrained(tmp_path)
@@ -108,6 +109,23 @@ def test_given_statistics_of_the_whole_are_used(tmp_path: Path) -> None:
     assert trainer.calibration is stats
 
 
+def test_the_model_as_its_own_teacher_is_trained(tmp_path: Path) -> None:
+    """A reranker trained on differences keeps a bias of zero: who knows it says so."""
+    dense = make_untrained(BERT)
+    trainer = make_trainer(BERT, tmp_path, labelled=False, model=dense, num_train_epochs=1, _teacher=dense)
+    trainer.train()
+    assert trainer._distiller is not None and trainer.calibration.objective == "classification"
+
+
+def test_compressing_needs_no_labels(tmp_path: Path) -> None:
+    trainer = make_trainer(BERT, tmp_path, labelled=False, model=make_untrained(BERT))
+    stats = trainer.calibrate()
+    assert trainer.compress().config.hidden_size == 16
+    assert trainer.calibration is stats
+    with pytest.raises(TCSPError, match="no labels"):
+        trainer.train()
+
+
 def test_resume_with_another_new_head(tmp_path: Path) -> None:
     """Heads are drawn anew whenever the script starts: the body tells whether the checkpoint fits."""
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 1, "remove": 0.3}
@@ -122,8 +140,19 @@ def test_resume_with_another_new_head(tmp_path: Path) -> None:
     assert resumed.calibration is None
 
 
+def test_resume_what_whole_statistics_began(tmp_path: Path) -> None:
+    dense = make_untrained(BERT)
+    stats = calibrate(dense, make_data(BERT, False), progress=False)
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 1}
+    whole = make_trainer(BERT, tmp_path / "run", model=dense, _calibration=stats, **options)
+    whole.train()
+    resumed = make_trainer(BERT, tmp_path / "other", model=dense, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert same(weights(whole.model), weights(resumed.model))
+
+
 def test_neither_labels_nor_a_trained_head(tmp_path: Path) -> None:
     trainer = make_trainer(BERT, tmp_path, labelled=False, model=make_untrained(BERT))
-    with pytest.raises(TCSPError, match="the classifier of this one was never trained"):
+    with pytest.raises(TCSPError, match="the bias of its classifier is zero"):
         trainer.train()
     assert not any(tmp_path.iterdir())

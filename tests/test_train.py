@@ -67,6 +67,15 @@ def test_train_compresses_and_learns(case: Case, labelled: bool, tmp_path: Path)
     assert sum(found[-5:]) < sum(found[:5])
 
 
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_rows_with_a_label_for_every_output(problem: str, tmp_path: Path) -> None:
+    dense = make_dense(BERT, torch.float32, problem_type=problem)
+    rows = [{**row, "labels": [float((i + j) % 2) for j in range(3)]} for i, row in enumerate(make_data(BERT, False))]
+    trainer = make_trainer(BERT, tmp_path, model=dense, num_train_epochs=1, _train_dataset=rows)
+    trainer.train()
+    assert trainer.calibration.sequences == len(rows) and all(loss > 0 for loss in losses(trainer))
+
+
 class _Probabilities(TrainerCallback):
     """Keeps what the model's dropout is at the first step."""
 
@@ -372,6 +381,7 @@ if broken == 2:
 trainer = make_plain_trainer(folder / "run", per_device_train_batch_size=4, ddp_backend="gloo", **{fields})
 if broken == 1:
     trainer.train_dataset[-40:] = [{{"input_ids": [10**6]}}] * 40
+trainer.calibrate()  # train() goes on from it, though the first process alone holds it
 trainer.train()
 found = {{"weights": weights(trainer.model), "projection": trainer.model.config.projection}}
 torch.save(found, folder / f"{{rank}}.pt")

@@ -91,7 +91,9 @@ def batches(data: Any, options: InputOptions) -> Iterator[Batch]:
     if isinstance(first, Mapping) and isinstance(first.get("input_ids"), torch.Tensor) and first["input_ids"].dim() > 1:
         yield from _loader_batches(items, options)
         return
-    rows: Iterator[Row] = _token_rows(items) if _is_tokenised(first) else _text_rows(items, first, options)
+    rows: Iterator[Row] = (
+        _token_rows(items, options.targets) if _is_tokenised(first) else _text_rows(items, first, options)
+    )
     rows = itertools.islice(rows, options.max_sequences)
     while window := list(itertools.islice(rows, _SORT_WINDOW * options.batch_size)):
         window.sort(key=lambda row: len(row["input_ids"]))  # equal lengths together: less padding
@@ -103,7 +105,8 @@ def _is_tokenised(item: Any) -> bool:
     return isinstance(item, Mapping) and "input_ids" in item
 
 
-def _token_rows(items: Iterable[Any]) -> Iterator[Row]:
+def _token_rows(items: Iterable[Any], targets: bool) -> Iterator[Row]:
+    """targets: whether `labels` are a decoder's; those of a class are of no use, whatever they look like."""
     columns: list[str] | None = None
     for item in items:
         if not _is_tokenised(item):
@@ -112,7 +115,7 @@ def _token_rows(items: Iterable[Any]) -> Iterator[Row]:
         for name in ("input_ids", "token_type_ids", "decoder_input_ids"):
             if item.get(name) is not None:
                 row[name] = _whole_numbers(name, item[name])
-        if _is_row(item.get("labels")):
+        if targets and _is_row(item.get("labels")):
             row["labels"] = _whole_numbers("labels", item["labels"])
         if len(row.get("token_type_ids", row["input_ids"])) != len(row["input_ids"]):
             raise TCSPError(f"token_type_ids and input_ids of a row have different lengths: {_short(item)}.")

@@ -9,7 +9,6 @@ import typer
 
 from ..architectures import dense_hidden_size
 from ..compression import removed_fraction
-from ..compression.body import new_head
 from ..data.sources import SQUAD_SETS, first_rows, load_data
 from ..errors import TCSPError
 from ..files import check_output_folder
@@ -121,8 +120,8 @@ def train_command(
     rows = choose_rows(rows, train_samples, seed)
     held_out = None if chosen is None else first_rows(chosen.load(eval_split, data), eval_samples)
     name = resolve_name(model)
-    dense, tokenizer = load_dense(name, chosen, seed), load_tokenizer(name)
-    untrained = chosen is not None and new_head(dense) is not None
+    dense, untrained = load_dense(name, chosen, seed)
+    tokenizer = load_tokenizer(name)
     started = None if student is None else load_model(student)
     if started is not None and not is_compressed(started):
         raise TCSPError(f"--student is {student!r}, which is not compressed: give its folder as --model.")
@@ -156,6 +155,7 @@ def train_command(
             folder,
             quiet=bars_hidden(quiet, as_json),
             student=started,
+            untrained=untrained,
             **options,
             **saving,
         )

@@ -18,9 +18,10 @@ _LAST = ("classifier", "qa_outputs", "classification_head.out_proj")
 
 
 def new_head(model: PreTrainedModel) -> str | None:
-    """Name of the linear that the model answers with, where it was never trained; None for any other model.
+    """Name of the linear that the model answers with, where it looks as if never trained; None for any other model.
 
-    transformers starts such a linear with a bias of zeros, and no training leaves all of it at exactly zero.
+    transformers starts such a linear with a bias of zeros. Training moves it, unless the loss is of differences of one
+    output alone (a reranker by margins), which no bias changes: such a model has to be called trained by who knows.
     """
     for name, module in model.named_modules():
         if name in _LAST and isinstance(module, torch.nn.Linear):
@@ -52,11 +53,12 @@ def compress_body(model: PreTrainedModel, stats: Calibration, **options: Any) ->
     """
     family, head = family_of(model)
     below: Any = model.base_model
-    if options.get("remove") is not None:  # asked of the whole model, but nothing of the head itself goes
+    if options.get("remove") is not None:  # asked of the whole model, whatever goes of the head
         options["remove"] *= count_parameters(model).non_embedding / count_parameters(below).non_embedding
     body: Any = compress(below, stats, **options)
     with no_init_weights():
         small: Any = (bert if family == "bert" else t5).model_class(head)(body.config)
+    small.to(dtype=model.dtype)  # the head; the body has its own dtypes already
     setattr(small, small.base_model_prefix, body)
     last = body if family == "bert" else body.decoder if hasattr(body, "decoder") else body.encoder
     weight, offset = (part.detach().cpu().double() for part in (last.lift_map.weight, last.lift_map.bias))
@@ -68,7 +70,12 @@ def compress_body(model: PreTrainedModel, stats: Calibration, **options: Any) ->
     own = small.state_dict()
     for name in [name for name in tensors if not name.startswith(f"{small.base_model_prefix}.")]:
         own[name].copy_(tensors[name])
-    small.to(device=device_of(model), dtype=model.dtype)
-    small.config.projection["removed"] = round(removed_fraction(model, small), 6)
+    small.to(device_of(model))
+    whole = count_parameters(model)
+    small.config.projection |= {
+        "source_parameters": whole.total,
+        "source_non_embedding_parameters": whole.non_embedding,
+        "removed": round(removed_fraction(model, small), 6),
+    }
     small.doubt = body.doubt
     return small.eval()

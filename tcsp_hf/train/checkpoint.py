@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,11 @@ def _is_complete(folder: Path) -> bool:
     return True
 
 
-def check_resumable(folder: Path, budget: dict[str, Any], fingerprint: str) -> None:
-    """Refuse a checkpoint that does not go back to this dense model and this budget.
+def check_resumable(folder: Path, budget: dict[str, Any], fingerprints: Collection[str]) -> Record:
+    """The record of a checkpoint, which must go back to this dense model and this budget.
+
+    Args:
+        fingerprints: that the dense model may have been recorded by.
 
     Raises:
         TCSPError: it is of a dense model, of another one, or was cut by another budget.
@@ -118,5 +122,6 @@ def check_resumable(folder: Path, budget: dict[str, Any], fingerprint: str) -> N
                 f"{folder} was compressed with {name}={record.budget.get(name)!r}, but now {name} is {value!r}: resume "
                 "with the same value, or start anew in another output_dir."
             )
-    if record.model_fingerprint != fingerprint:
+    if record.model_fingerprint not in fingerprints:
         raise TCSPError(f"{folder} was compressed from another dense model: give the one that the run began with.")
+    return record

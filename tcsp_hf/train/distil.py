@@ -9,7 +9,6 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 from ..calibration import Calibration
 from ..calibration.inputs import TEXT_COLUMNS
 from ..compression import Search
-from ..compression.body import new_head
 from ..errors import TCSPError
 from ..tasks.features import make_collator, make_features
 from ..tasks.table import TEXT, Task, form_of
@@ -55,11 +54,10 @@ def task_trainer(
     calibration: Calibration | None = None,
     search: Search | None = None,
     student: PreTrainedModel | None = None,
+    untrained: bool = False,
     **options: Any,
 ) -> TCSPTrainer | TCSPSeq2SeqTrainer:
     """The trainer that compresses a dense model and trains the result with the dense one as teacher.
-
-    Where the dense model's head is new, the labels alone teach.
 
     Args:
         task: None for unlabelled text and any head (an embedding model).
@@ -67,6 +65,7 @@ def task_trainer(
         folder: for the Trainer's own files.
         calibration, search: from elsewhere.
         student: a compressed form of the dense model to go on with; made to the budget of the options when None.
+        untrained: the dense model's head is new, so that the labels alone teach.
         options: of `TCSPTrainingArguments`: the budget, distillation, and where to save (`save_strategy`).
 
     Raises:
@@ -84,7 +83,7 @@ def task_trainer(
     trainer = made[0](
         dense if student is None else student,
         arguments,
-        teacher=None if new_head(dense) else dense,
+        teacher=None if untrained else dense,
         train_dataset=features,
         data_collator=collator,
         processing_class=tokenizer,

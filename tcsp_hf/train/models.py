@@ -77,13 +77,13 @@ def load_for_task(
     return model, chosen
 
 
-def load_dense(name: str, task: Task | None, seed: int = 0) -> PreTrainedModel:
-    """A dense model as it was saved; a BERT that was only pretrained under a new head for the task.
+def load_dense(name: str, task: Task | None, seed: int = 0) -> tuple[PreTrainedModel, bool]:
+    """A dense model as it was saved, a BERT that was only pretrained under a new head; and whether the head is new.
 
     Raises:
         TCSPError: the checkpoint cannot be read, or is not one of a dense model that can be compressed.
     """
     model = load_model(name)
     if task is None or family_of(model) not in _PRETRAINED:
-        return model
-    return load_for_task(name, task, seed=seed)[0]
+        return model, False
+    return load_for_task(name, task, seed=seed)[0], True

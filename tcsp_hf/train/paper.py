@@ -276,6 +276,7 @@ def run_row(
             results / "work" / row.name,
             quiet=quiet,
             student=small,
+            untrained=small is None,
             save_strategy="epoch",
             save_total_limit=1,
             **row.teaching(),

@@ -172,7 +172,7 @@ def report(results: list[dict[str, Any]], folder: Path) -> Path:
         "deviation over seeds. Seconds are of calibration, search, refit and training, then of the dense model's "
         "training; a step's time is a fraction of the dense model's (the teacher's forward pass is part of a distilled "
         "one). `from-pretrained` rows were compressed before any training on the task, then trained as the dense model "
-        "was, so their seconds stand for all that it takes.",
+        "was; their seconds are all that it takes (of a row that was stopped: since it went on).",
         "",
         published["note"],
         "",

@@ -62,7 +62,8 @@ class _CompressingTrainer(Trainer):
         Args:
             model: dense (it is compressed when training starts) or compressed (it is fine-tuned).
             args: `TCSPTrainingArguments`, or the sequence-to-sequence ones.
-            teacher: the dense model to learn from; `model` itself where that is dense and its head was trained.
+            teacher: the dense model to learn from; where `model` is dense and its head is not new (see
+                `compression.body.new_head`), `model` itself. Giving `model` says that its head was trained.
             calibration: statistics of `model` from elsewhere; collected on the training data when None.
             search: see `compress`; for several budgets with the same `calibration`.
 
@@ -120,6 +121,7 @@ class _CompressingTrainer(Trainer):
             self._hp_search_setup(trial)  # a search may be over the budget
         self._checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
         self._check_data()
+        self._check_lessons()
         self._starting = True
         try:
             if self.model_init is None:
@@ -136,6 +138,8 @@ class _CompressingTrainer(Trainer):
     def calibrate(self) -> Calibration | None:
         """Statistics of the dense model on the training data, which `compress()` and `train()` go on from.
 
+        Of the model below the head where that is new.
+
         Returns:
             None on ranks other than the first.
 
@@ -148,8 +152,7 @@ class _CompressingTrainer(Trainer):
         dense: Any = self.model
         if self.place_model_on_device:
             self._move_model_to_device(dense, self.args.device)
-        dense = self._cut(dense)
-        return self._statistics(dense, model_fingerprint(dense))
+        return self._statistics(self._cut(dense))
 
     def compress(self) -> Any:
         """Calibrate and compress the dense model without training; `train()` afterwards only trains.
@@ -197,8 +200,8 @@ class _CompressingTrainer(Trainer):
             return dense
         if self.args.distillation:
             logger.warning(
-                "The dense model's %s was never trained, so its outputs teach nothing: the compressed model learns "
-                "from the labels alone. Fine-tune the dense model first, or give teacher=, for distillation.",
+                "The dense model's %s was never trained (its bias is zero), so its outputs teach nothing: the labels "
+                "alone do. For distillation fine-tune the dense model first, or give teacher=.",
                 head,
             )
         return None
@@ -226,15 +229,15 @@ class _CompressingTrainer(Trainer):
         budget = self.args.budget
         if self.args.remove is None and self.args.hidden_size is None:
             raise TCSPError("The model is dense, so a budget is needed: give remove= or hidden_size=.")
-        cut = self._cut(dense)
-        fingerprint = model_fingerprint(cut)
         if self._checkpoint is not None:
-            check_resumable(self._checkpoint, budget, fingerprint)
-            self._record = Record(budget, fingerprint)
+            candidates = [dense, dense.base_model] if new_head(dense) and has_body(dense) else [dense]
+            known = [model_fingerprint(model) for model in candidates]
+            self._record = check_resumable(self._checkpoint, budget, known)
             return load_model(str(self._checkpoint), "auto", str(self.args.device))
         if self.place_model_on_device:
             self._move_model_to_device(dense, self.args.device)
-        stats = self._statistics(cut, fingerprint)
+        cut = self._cut(dense)
+        stats = self._statistics(cut)
         progress = False if self.args.disable_tqdm else None
 
         def make() -> PreTrainedModel:
@@ -254,22 +257,25 @@ class _CompressingTrainer(Trainer):
         small.doubt = None  # training starts from it, however far it is from the dense model
         if self.place_model_on_device:
             self._move_model_to_device(small, self.args.device)
-        self._record = Record(budget, fingerprint)
+        self._record = Record(budget, model_fingerprint(cut))
         logger.info("Compressed: %.1f %% of the parameters removed.", 100 * removed_fraction(dense, small))
         return small
 
     def _cut(self, dense: Any) -> Any:
         """What is calibrated and compressed: the dense model, or the one below its head where that is new."""
-        if new_head(dense) is None or not has_body(dense):
+        if self.teacher is dense or new_head(dense) is None or not has_body(dense):
             return dense
-        given = self.calibration
-        return dense if given is not None and given.model_fingerprint == model_fingerprint(dense) else dense.base_model
+        return dense if self._is_of(dense, self.calibration) else dense.base_model
 
-    def _statistics(self, dense: Any, fingerprint: str) -> Calibration | None:
+    @staticmethod
+    def _is_of(dense: Any, stats: Calibration | None) -> bool:
+        """Whether these are statistics of this model, as the first rank has both."""
+        return on_first_rank(lambda: stats is not None and stats.model_fingerprint == model_fingerprint(dense))
+
+    def _statistics(self, dense: Any) -> Calibration | None:
         """Statistics of a dense model on the training data; None on ranks other than the first."""
-        found = self.calibration
-        if found is not None and found.model_fingerprint == fingerprint:
-            return found
+        if self._is_of(dense, self.calibration):
+            return self.calibration
 
         def shard() -> Calibration | None:
             rows = self._calibration_rows()
@@ -369,24 +375,28 @@ class _CompressingTrainer(Trainer):
     # Data and checkpoints -------------------------------------------------------------------------------------------
 
     def _check_data(self) -> None:
-        """Refuse data that could not be trained on, before any work.
+        """Refuse data that the model could not read, before any work.
 
         Raises:
-            TCSPError: no data, columns that the model cannot read, or neither labels nor a teacher.
+            TCSPError: no data, or columns that the model cannot read.
         """
         if self.train_dataset is None:
             raise TCSPError("There is no train_dataset: give one.")
-        batch = self._first_batch("train_dataset", self.train_dataset)
+        self._first_batch("train_dataset", self.train_dataset)
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         for name, data in evaluated.items():
             if data is not None and self.args.eval_strategy != "no":
                 self._first_batch(f"eval_dataset {name}".strip(), data)
+
+    def _check_lessons(self) -> None:
+        """Raise TCSPError where the data has no labels and there is no teacher."""
+        batch = self._first_batch("train_dataset", self.train_dataset)
         labelled = any(batch.get(name) is not None for name in self.label_names)
         head = None if is_compressed(self.model) else new_head(_plain(self.model))
         own = head is None and not is_compressed(self.model)
         taught = self.args.distillation > 0 and (self.teacher is not None or own)
         if not labelled and not taught:
-            new = "" if head is None else f" (the {head} of this one was never trained)"
+            new = "" if head is None else f" (the bias of its {head} is zero, as that of one that was never trained)"
             raise TCSPError(
                 f"train_dataset has no labels ({', '.join(self.label_names) or 'the model takes none'}), and there is "
                 f"no dense model to learn from{new}: give labels, or teacher= and distillation above 0."
