@@ -407,6 +407,16 @@ def test_bench_paper(data: Path, base: Path, tmp_path: Path, monkeypatch: pytest
     (entry,) = [e for e in json.loads(tcsp("bench", "paper", rows, "-o", results, "--json")) if e not in again]
     assert entry["row"]["mode"] == "from-pretrained" and entry["steps"] == 2 and entry["removed"] >= 0.2
     assert entry["dense"] == again[0]["dense"] and entry["seconds"] > entry["training_seconds"]
+    # elsewhere: nothing is run again but the row that asks for something else
+    paths[2].write_text(paths[2].read_text().replace("0.2", "0.25"))
+    elsewhere = tmp_path / "elsewhere"
+    arguments = ("bench", "paper", rows, "-o", elsewhere, "--known", results / "results.json", "--json")
+    more = {entry["row"]["mode"]: entry for entry in json.loads(tcsp(*arguments))}
+    assert more["retraining-free"]["removed"] >= 0.25
+    assert [path.name for path in (elsewhere / "work").iterdir()] == [paths[2].stem]
+    assert [more[entry["row"]["mode"]] for entry in again[:2]] == again[:2]
+    with pytest.raises(TCSPError, match=r"no results\.json"):
+        tcsp(*arguments[:-2], paths[0])
     paths[0].write_text(paths[0].read_text().replace("0.2", "0.3"))
     with pytest.raises(TCSPError, match="other settings"):
         tcsp("bench", "paper", rows, "-o", results)

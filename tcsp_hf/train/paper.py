@@ -206,6 +206,28 @@ def write_grid(
     return written
 
 
+def take_known(rows: Iterable[Row], known: Path, results: Path) -> int:
+    """Put results of earlier runs, perhaps of another machine, beside those of `results`; returns how many.
+
+    Args:
+        known: a `results.json`. Of its entries those count whose settings are a row's, where that has not run yet.
+
+    Raises:
+        TCSPError: it cannot be read.
+    """
+    try:
+        entries = {entry["row"]["name"]: entry for entry in json.loads(known.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TCSPError(f"{known} is no results.json of `tcsp bench paper`: {error!r}.") from error
+    taken = 0
+    for row in rows:
+        entry, path = entries.get(row.name), results / f"{row.name}.json"
+        if entry is not None and not path.exists() and _DEFAULTS | entry["row"] == row.fields():
+            write_whole(path, json.dumps(entry, indent=2) + "\n")
+            taken += 1
+    return taken
+
+
 @dataclass
 class Shared:
     """What rows of one dense model use together while they follow each other; the last model's is kept.

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ...errors import TCSPError
-from ...train.paper import MODES, Shared, in_order, read_rows, run_row, write_grid
+from ...train.paper import MODES, Shared, in_order, read_rows, run_row, take_known, write_grid
 from ...train.paper_report import groups_of, missed_bars, picture, report, summary
 from ..common import JsonOption, QuietOption, print_json, progress_of
 from ..finetune import bars_hidden
@@ -27,6 +27,9 @@ def paper_command(
     seeds: Annotated[str, typer.Option(help="Of the files to write.")] = "0",
     fields: Annotated[
         list[str] | None, typer.Option("--set", help="A further field of the files to write, such as dense_epochs=5.")
+    ] = None,
+    known: Annotated[
+        Path | None, typer.Option(help="A results.json of earlier runs: rows that it has are not run again.")
     ] = None,
     run: Annotated[bool, typer.Option(help="Run the rows; --no-run only writes their files.")] = True,
     check: Annotated[
@@ -66,6 +69,10 @@ def paper_command(
         typer.echo(f"{len(chosen)} rows in {rows}")
         return
     output.mkdir(parents=True, exist_ok=True)
+    if known is not None:
+        taken = take_known(chosen, known, output)
+        if not (quiet or as_json):
+            typer.echo(f"{taken} rows taken from {known}", err=True)
     bars = progress_of(quiet, as_json)
     found, shared = [], Shared()
     for i, row in enumerate(chosen):
