@@ -39,7 +39,7 @@ def card_command(
 ) -> None:
     """Write the model card (README.md) of a compressed checkpoint, from its configuration and measured results.
 
-    Example: tcsp card small/ --results scores.json --license apache-2.0
+    Example: tcsp card small/ --results scores.json --license apache-2.0 --overwrite
     """
     if index and output is None:
         raise TCSPError("--index makes a table beside the file that -o names: give -o.")
