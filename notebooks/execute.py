@@ -41,7 +41,7 @@ def run(notebook: nbformat.NotebookNode, seconds: int = 3600) -> None:
         client = NotebookClient(
             notebook, km=manager, timeout=seconds, record_timing=False, resources={"metadata": {"path": folder}}
         )
-        client.execute(env=environment)
+        client.execute(env=environment, cleanup_kc=True)  # a kernel that is given would go on living
 
 
 def texts_of(cell: nbformat.NotebookNode) -> list[str]:
