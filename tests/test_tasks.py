@@ -484,7 +484,9 @@ def test_paper_grid(tmp_path: Path) -> None:
 
 def test_commands_refuse(data: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TCSP_DATA_DIR", str(data))
-    out = tmp_path / "out"
+    out, encoder = tmp_path / "out", tmp_path / "encoder"
+    make_dense(find("t5-EncoderModel"), torch.float32).save_pretrained(encoder)
+    make_tokenizer().save_pretrained(encoder)
     for words, match in (
         (("finetune", "--model", base, "--task", "mrcp", "-o", out), "no task 'mrcp'"),
         (("finetune", "--model", base, "--task", "mrpc", "-o", out, "--epochs", 0), "epochs is 0"),
@@ -495,7 +497,7 @@ def test_commands_refuse(data: Path, base: Path, tmp_path: Path, monkeypatch: py
         (("finetune", "--model", base, "--task", "mrpc", "-o", base), "not empty"),
         (("train", "--model", base, "--task", "mrpc", "-o", out), "--remove, --hidden-size and --student"),
         (("train", "--model", base, "-o", out, "--remove", 0.4), "--task, or --data"),
-        (("train", "--model", base, "--task", "mrpc", "-o", out, "--remove", 0.4), "cannot answer 'mrpc'"),
+        (("train", "--model", encoder, "--task", "mrpc", "-o", out, "--remove", 0.4), "cannot answer 'mrpc'"),
         (("evaluate", base, "--task", "mrpc"), "cannot answer 'mrpc'"),
     ):
         with pytest.raises(TCSPError, match=match):
