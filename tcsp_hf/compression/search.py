@@ -1,9 +1,9 @@
 """What a search measured, kept for the next budget."""
 
-import time
 from collections.abc import Callable
 
 from ..calibration import Calibration
+from ..clock import NOTHING, Clock
 from .plan import LossCurves
 from .request import Request
 
@@ -19,14 +19,19 @@ class Search:
     measures them once. A call with other statistics or options measures anew and keeps that instead.
 
     Attributes:
-        seconds: that the kept measurement took.
+        took: what the kept measurement took.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.took = NOTHING
         self._stats: Calibration | None = None
         self._options: tuple[object, ...] = ()
         self._found: tuple[dict[str, float], LossCurves] = ({}, LossCurves())
+
+    @property
+    def seconds(self) -> float:
+        """That the kept measurement took, by the clock on the wall."""
+        return self.took.wall
 
     def measured(
         self, stats: Calibration, request: Request, measure: Callable[[], tuple[dict[str, float], LossCurves]]
@@ -34,8 +39,8 @@ class Search:
         """Mean lengths by stack and the curves, from `measure` where they are not known."""
         options = (request.kind, request.subspace, request.epsilon, request.axes)
         if self._stats is not stats or self._options != options:
-            started = time.perf_counter()
+            clock = Clock()
             self._found = measure()
-            self.seconds = time.perf_counter() - started
+            self.took = clock.read()
             self._stats, self._options = stats, options
         return self._found

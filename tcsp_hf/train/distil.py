@@ -1,6 +1,5 @@
 """Calibrate, compress and fine-tune with distillation, on a task or on plain text."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +100,7 @@ def run_training(trainer: Any, resume: bool = False) -> tuple[Any, TrainingResul
     Args:
         resume: go on from the last complete checkpoint in the trainer's folder, if there is one.
     """
-    started = time.perf_counter()
     last = last_complete(str(trainer.args.output_dir)) if resume else None
-    result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    took = TrainingResult.of_run(trainer, resume_from_checkpoint=None if last is None else str(last))
     trainer.model.eval()
-    return trainer.model, TrainingResult.of(result, time.perf_counter() - started, len(trainer.train_dataset))
+    return trainer.model, took

@@ -1,14 +1,14 @@
 """Fine-tunes a model on a task with transformers' Trainer, and keeps the last weights: no selection on any score."""
 
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from ..clock import NOTHING, Clock, Took
 from ..errors import TCSPError
 from ..tasks.features import make_collator, make_features
 from ..tasks.table import Task, form_of
@@ -78,27 +78,50 @@ def choose_rows(data: Any, count: int | None, seed: int) -> Any:
     return data.shuffle(seed=seed).select(range(count))
 
 
+class _StepClock(TrainerCallback):
+    """Times a training from its first step to its last."""
+
+    def __init__(self) -> None:
+        self.took = NOTHING
+        self._clock = Clock()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._clock = Clock()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.took = self._clock.read()
+
+
 @dataclass(frozen=True)
 class TrainingResult:
     """What a training took.
 
     Attributes:
-        seconds: in all, calibration and compression included where they were part of it.
-        training_seconds: of the steps alone.
+        whole: in all, calibration and compression included where they were part of it.
+        training: the steps alone.
         steps, rows: how many.
         loss: mean over the steps.
     """
 
-    seconds: float
-    training_seconds: float
+    whole: Took
+    training: Took
     steps: int
     rows: int
     loss: float
 
     @classmethod
-    def of(cls, found: Any, seconds: float, rows: int) -> "TrainingResult":
-        """From what transformers' `train()` returned."""
-        return cls(seconds, float(found.metrics["train_runtime"]), found.global_step, rows, found.training_loss)
+    def of_run(cls, trainer: Trainer, **arguments: Any) -> "TrainingResult":
+        """Runs transformers' `train()` with these arguments."""
+        clock, steps = Clock(), _StepClock()
+        trainer.add_callback(steps)
+        found = trainer.train(**arguments)
+        data: Any = trainer.train_dataset
+        return cls(clock.read(), steps.took, found.global_step, len(data), found.training_loss)
+
+    @property
+    def seconds(self) -> float:
+        """By the wall clock, in all."""
+        return self.whole.wall
 
 
 def finetune(
@@ -137,10 +160,9 @@ def finetune(
     )
     if quiet:
         quieten(trainer)
-    started = time.perf_counter()
-    result = trainer.train()
+    result = TrainingResult.of_run(trainer)
     model.eval()
-    return TrainingResult.of(result, time.perf_counter() - started, len(features))
+    return result
 
 
 def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, task: Task, distillation: float) -> None:

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import time
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from ..calibration import Calibration
+from ..clock import NOTHING, Clock, Took
 from ..compression import Search, removed_fraction
 from ..compression.plan import AXES
 from ..errors import TCSPError
@@ -283,10 +283,10 @@ def run_row(
     if row.mode == "from-pretrained":
         folder = resolve_name(row.model)
         dense, tokenizer = load_for_task(folder, task, row.form, row.seed)[0], load_tokenizer(folder)
-        small, seconds = None, 0.0  # the trainer makes it
+        small, spent = None, NOTHING  # the trainer makes it
     else:
         dense, tokenizer = load_model(folder), load_tokenizer(folder)
-        small, seconds = _compressed(row, task, data, dense, tokenizer, results, quiet, shared or Shared())
+        small, spent = _compressed(row, task, data, dense, tokenizer, results, quiet, shared or Shared())
     took = None
     if row.mode != "retraining-free":
         trainer = task_trainer(
@@ -305,18 +305,21 @@ def run_row(
             **(row.cut() if small is None else {}),
         )
         small, took = run_training(trainer, resume=True)
-        seconds += took.seconds
+        spent += took.whole
     result = {
         "row": row.fields(),
         "removed": removed_fraction(dense, small),
         "dense": dense_record["scores"],
         "dense_seconds": dense_record["seconds"],
+        "dense_processor_seconds": dense_record.get("processor_seconds"),
         "dense_steps": dense_record["steps"],
         "scores": score(small, tokenizer, task, held_out, max_length=row.max_length, progress=progress),
         "headline": task.headline,
         "eval_rows": len(held_out),
-        "seconds": round(seconds, 1),
-        "training_seconds": None if took is None else round(took.training_seconds, 3),
+        "seconds": round(spent.wall, 1),
+        "processor_seconds": spent.processor,
+        "training_seconds": None if took is None else round(took.training.wall, 3),
+        "training_processor_seconds": None if took is None else took.training.processor,
         "steps": 0 if took is None else took.steps,
         "threads": torch.get_num_threads(),
     }
@@ -343,7 +346,8 @@ def _dense(
                 tokenizer.save_pretrained(staging)
             record = {
                 "scores": score(model, tokenizer, task, held_out, max_length=row.max_length, progress=progress),
-                "seconds": None if took is None else round(took.training_seconds, 3),
+                "seconds": None if took is None else round(took.training.wall, 3),
+                "processor_seconds": None if took is None else took.training.processor,
                 "steps": None if took is None else took.steps,
             }
             (staging / "record.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -353,13 +357,13 @@ def _dense(
 
 def _compressed(
     row: Row, task: Task, data: Any, dense: Any, tokenizer: Any, results: Path, quiet: bool, shared: Shared
-) -> tuple[Any, float]:
-    """The compressed model before training, kept for other modes, and the seconds of calibration, search and refit."""
+) -> tuple[Any, Took]:
+    """The compressed model before training, kept for other modes; what calibration, search and refit took."""
     kept = results / "compressed" / f"{row.stats_key}-{row.key('remove', 'axes')}"
     if not kept.is_dir():
         statistics = results / "statistics" / row.stats_key
         shared.take(row.stats_key, statistics)
-        searched = shared.search.seconds  # nothing where this row has to search
+        searched = shared.search.took  # nothing where this row has to search
         trainer = task_trainer(
             dense,
             tokenizer,
@@ -372,20 +376,25 @@ def _compressed(
             search=shared.search,
             **row.cut(),
         )
-        took = statistics.with_name(f"{statistics.name}.json")
+        record = statistics.with_name(f"{statistics.name}.json")
         if shared.calibration is None:
-            started = time.perf_counter()
+            clock = Clock()
             shared.calibration = trainer.calibrate()
             assert shared.calibration is not None  # there are no other ranks here
-            took.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(took, json.dumps({"seconds": time.perf_counter() - started}) + "\n")
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(record, json.dumps(clock.read().fields()) + "\n")
             shared.calibration.save(statistics)
-        calibrated = json.loads(took.read_text(encoding="utf-8"))["seconds"]
-        started = time.perf_counter()
+        calibrated = _took(record)
+        clock = Clock()
         small = trainer.compress()
-        seconds = calibrated + searched + time.perf_counter() - started
+        spent = calibrated + searched + clock.read()
         with new_folder(kept) as staging:
             small.save_pretrained(staging)
-            (staging / "record.json").write_text(json.dumps({"seconds": seconds}) + "\n", encoding="utf-8")
-    record = json.loads((kept / "record.json").read_text(encoding="utf-8"))
-    return load_model(str(kept)), record["seconds"]
+            (staging / "record.json").write_text(json.dumps(spent.fields()) + "\n", encoding="utf-8")
+    return load_model(str(kept)), _took(kept / "record.json")
+
+
+def _took(record: Path) -> Took:
+    """What was written down; older versions knew the clock on the wall alone."""
+    found = json.loads(record.read_text(encoding="utf-8"))
+    return Took(**found) if "wall" in found else Took(found["seconds"], None)

@@ -70,8 +70,8 @@ def groups_of(results: list[dict[str, Any]]) -> list[Group]:
                 statistics.mean(member["removed"] for member in members),
                 tuple(percent * member["dense"][name] for member in members),
                 tuple(percent * member["scores"][name] for member in members),
-                statistics.mean(member["seconds"] for member in members),
-                _mean([member["dense_seconds"] for member in members]),
+                statistics.mean(_seconds(member, "seconds") or 0.0 for member in members),
+                _mean([_seconds(member, "dense_seconds") for member in members]),
                 _mean([_step(member) for member in members]),
             )
         )
@@ -84,10 +84,19 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def _step(result: dict[str, Any]) -> float | None:
-    """A training step's time over the dense model's."""
+    """A training step's time over the dense model's: the processor's, where it was measured."""
     if not result["steps"] or not result["dense_steps"]:
         return None
-    return (result["training_seconds"] / result["steps"]) / (result["dense_seconds"] / result["dense_steps"])
+    own, dense = result.get("training_processor_seconds"), result.get("dense_processor_seconds")
+    if own is None or dense is None:
+        own, dense = result["training_seconds"], result["dense_seconds"]
+    return (own / result["steps"]) / (dense / result["dense_steps"])
+
+
+def _seconds(result: dict[str, Any], name: str) -> float | None:
+    """The processor's own seconds where they were measured, otherwise those of the clock."""
+    own = result.get(name.replace("seconds", "processor_seconds"))
+    return result[name] if own is None else own
 
 
 def summary(groups: list[Group]) -> list[dict[str, Any]]:
@@ -170,9 +179,10 @@ def report(results: list[dict[str, Any]], folder: Path) -> Path:
         "",
         "Scores are those of the last weights; nothing was selected on the evaluation split. Behind ± is the standard "
         "deviation over seeds. Seconds are of calibration, search, refit and training, then of the dense model's "
-        "training; a step's time is a fraction of the dense model's (the teacher's forward pass is part of a distilled "
-        "one). `from-pretrained` rows were compressed before any training on the task, then trained as the dense model "
-        "was; their seconds are all that it takes (of a row that was stopped: since it went on).",
+        "training: the processor's own where it does the work, so that other work does not count. A step's time is a "
+        "fraction of the dense model's (the teacher's forward pass is part of a distilled one). `from-pretrained` rows "
+        "were compressed before any training on the task, then trained as the dense model was; their seconds are all "
+        "that it takes (of a row that was stopped: since it went on).",
         "",
         published["note"],
         "",
