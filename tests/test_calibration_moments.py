@@ -149,12 +149,8 @@ def chosen(logits: torch.Tensor, point: torch.Tensor) -> int:
     return min(int((edges <= point).sum()), logits.shape[-1] - 1)
 
 
-def log_likelihood(case: Case, model: torch.nn.Module, found, key: int, pooling: str = "mean") -> torch.Tensor:
+def log_likelihood(case: Case, model: torch.nn.Module, found, key: int) -> torch.Tensor:
     """Of an output that is drawn from the model's own distribution, for one sequence."""
-    if pooling == "tokens":
-        hidden = found.last_hidden_state[0]
-        probes = normal(key, hidden.numel()).reshape(hidden.shape)
-        return sum((h / h.norm()) @ (probe / probe.norm()) for h, probe in zip(hidden, probes, strict=True))
     if case.head in ("Model", "EncoderModel"):
         pooled = found.last_hidden_state[0].mean(0)
         probe = normal(key, D)
@@ -187,8 +183,6 @@ FISHER_CASES = [(case, {}) for case in ONE_SOURCE_CASES if case.head != "ForMult
     (BERT, {"problem_type": "multi_label_classification"}),
     (BERT, {"problem_type": "regression"}),
     (BERT, {"problem_type": "regression", "num_labels": 1}),
-    (find("bert-Model"), {"pooling": "tokens"}),
-    (find("t5-Model"), {"pooling": "tokens"}),
 ]
 
 
@@ -199,9 +193,8 @@ FISHER_CASES = [(case, {}) for case in ONE_SOURCE_CASES if case.head != "ForMult
 )
 def test_fisher_by_brute_force(case: Case, fields, float64_norms):
     """The gradient with respect to every site's normalised stream, by adding a perturbation to it and deriving."""
-    pooling = fields.get("pooling", "mean")
-    model = make_dense(case, **{name: value for name, value in fields.items() if name != "pooling"})
-    stats = calibrated(case, model, seed=5, pooling=pooling)
+    model = make_dense(case, **fields)
+    stats = calibrated(case, model, seed=5)
     norms = norms_by_name(case, model)
     sums = {name: torch.zeros(D, D, dtype=torch.float64) for name in norms}
     perturbations: dict[str, torch.Tensor] = {}
@@ -218,7 +211,7 @@ def test_fisher_by_brute_force(case: Case, fields, float64_norms):
     for batch in one_by_one(case, model):
         found = model(**batch)
         key = sequence_hash(batch["input_ids"][0].tolist(), 5)
-        log_likelihood(case, model, found, key, pooling).backward()
+        log_likelihood(case, model, found, key).backward()
         for name, perturbation in perturbations.items():
             if perturbation.grad is not None:
                 rows = perturbation.grad.reshape(-1, D)
@@ -271,7 +264,7 @@ def test_mean_over_draws_is_the_fisher_information():
     assert len({round(float(total.trace()), 9) for total in drawn}) > 1, "different seeds draw different labels"
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls", "pooler", "tokens"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
 def test_poolings(pooling):
     case = find("bert-Model")
     model, _ = dense_and_statistics(case)

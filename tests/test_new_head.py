@@ -2,7 +2,6 @@
 
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from transformers import AutoModelForSequenceClassification
 
 from tcsp_hf import TCSPError
 from tcsp_hf.calibration import calibrate
-from tcsp_hf.calibration.divergence import divergence
 from tcsp_hf.compression.body import compress_body, has_body, new_head
 
 BERT = find("bert-ForSequenceClassification")
@@ -151,21 +149,6 @@ def test_resume_what_whole_statistics_began(tmp_path: Path) -> None:
     resumed = make_trainer(BERT, tmp_path / "other", model=dense, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert same(weights(whole.model), weights(resumed.model))
-
-
-def test_every_token_counts_in_what_was_lost() -> None:
-    """Half the squared distance of unit vectors over D, summed over real tokens."""
-    dense, other = (torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    expected = sum(
-        float((1.0 - torch.cosine_similarity(dense[i, j], other[i, j], dim=0)) / 6)
-        for i in range(2)
-        for j in range(4)
-        if mask[i, j]
-    )
-    outputs_of = [SimpleNamespace(last_hidden_state=hidden) for hidden in (dense, other)]
-    found = divergence(None, "embedding-tokens", {"attention_mask": mask}, *outputs_of)  # type: ignore[arg-type]
-    assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
 def test_neither_labels_nor_a_trained_head(tmp_path: Path) -> None:
