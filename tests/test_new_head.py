@@ -98,7 +98,7 @@ def test_a_given_teacher_is_believed(tmp_path: Path) -> None:
     trainer = make_trainer(BERT, tmp_path, model=make_untrained(BERT), num_train_epochs=1, _teacher=teacher)
     trainer.train()
     assert trainer.teacher is teacher and trainer._distiller is not None
-    assert trainer.calibration.objective == "embedding-tokens"
+    assert trainer.calibration.objective == "embedding-mean"
 
 
 def test_given_statistics_of_the_whole_are_used(tmp_path: Path) -> None:

@@ -57,10 +57,7 @@ def _classification(model: PreTrainedModel, dense: torch.Tensor, other: torch.Te
 
 
 def _embedding(objective: str, inputs: dict[str, Any], dense: Any, other: Any) -> torch.Tensor:
-    """Half the squared distance of the unit vectors over D: what a random unit probe sees; (1 - cosine) / D.
-
-    Of one pooled vector for every sequence, or summed over its tokens.
-    """
+    """Half the squared distance of the unit vectors over D: what a random unit probe sees; (1 - cosine) / D."""
     units = []
     for outputs in (dense, other):
         hidden = outputs.last_hidden_state.float()
@@ -68,8 +65,6 @@ def _embedding(objective: str, inputs: dict[str, Any], dense: Any, other: Any) -
             pooled = outputs.pooler_output.float()
         elif objective.endswith("cls"):
             pooled = hidden[:, 0]
-        elif objective.endswith("tokens"):
-            pooled = hidden[inputs.get("decoder_attention_mask", inputs["attention_mask"]).bool()]
         else:
             weights = inputs.get("decoder_attention_mask", inputs["attention_mask"]).to(hidden).unsqueeze(-1)
             pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)

@@ -20,8 +20,6 @@ from ..architectures import family_of
 from ..errors import TCSPError
 
 POOLINGS = ("mean", "cls", "pooler")
-TOKENS = "tokens"
-"""In the place of a pooling: every token's hidden state counts, for a body that a new head will be trained on."""
 
 
 class Draws:
@@ -132,16 +130,11 @@ def seq2seq_lm(model: PreTrainedModel, outputs: Any, batch: dict[str, torch.Tens
 
 
 def embedding(pooling: str) -> Callable[..., torch.Tensor]:
-    """Random unit probes against the L2-normalised pooled output (batch, D), or against every token's."""
+    """Random unit probes against the L2-normalised pooled output (batch, D)."""
 
     def objective(model: PreTrainedModel, outputs: Any, batch: dict[str, torch.Tensor], draws: Draws) -> torch.Tensor:
         hidden = _upcast(outputs.last_hidden_state)
         mask = batch.get("decoder_attention_mask", batch["attention_mask"])
-        if pooling == TOKENS:
-            unit = nn.functional.normalize(hidden, dim=-1)
-            numbers = draws.normal(unit.shape[1] * unit.shape[2]).to(unit)
-            probe = nn.functional.normalize(numbers.view(unit.shape), dim=-1)
-            return ((probe * unit).sum(-1) * mask).sum()
         if pooling == "pooler":
             pooled = _upcast(outputs.pooler_output)
         elif pooling == "cls":
@@ -162,8 +155,8 @@ def objective_of(model: PreTrainedModel, pooling: str) -> tuple[str, Callable[..
     Raises:
         TCSPError: an unknown pooling, or "pooler" for a model that has none.
     """
-    if pooling not in (*POOLINGS, TOKENS):
-        raise TCSPError(f"pooling is {pooling!r}; allowed: {', '.join((*POOLINGS, TOKENS))}.")
+    if pooling not in POOLINGS:
+        raise TCSPError(f"pooling is {pooling!r}; allowed: {', '.join(POOLINGS)}.")
     _, head = family_of(model)
     if head in ("Model", "EncoderModel"):
         if pooling == "pooler" and getattr(model, "pooler", None) is None:

@@ -67,8 +67,7 @@ def calibrate(
         max_sequences: stop after so many sequences.
         text_columns: one or two column names; found by name when None.
         fisher: also collect Gamma, the second moment of the gradients; `subspace="balanced"` needs it.
-        pooling: for models without a head: `"mean"`, `"cls"` or `"pooler"`; or `"tokens"`, where every token's hidden
-            state counts alike (for a model that is to be fine-tuned under a new head).
+        pooling: for models without a head: `"mean"`, `"cls"` or `"pooler"`.
         max_target_length: longest decoder input, in tokens.
         sample_tokens: keep a sample of the token sequences of at most this many tokens beside the statistics: the
             refit of `compress` reads it. 0 keeps none (nothing of the text is stored then).

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, enable_full_d
 from ..architectures import family_of
 from ..calibration import Calibration, calibrate
 from ..calibration.fingerprint import model_fingerprint
-from ..calibration.objectives import TOKENS
 from ..compression import Search, compress, removed_fraction
 from ..compression.body import compress_body, has_body, new_head
 from ..errors import TCSPError
@@ -153,8 +152,7 @@ class _CompressingTrainer(Trainer):
         dense: Any = self.model
         if self.place_model_on_device:
             self._move_model_to_device(dense, self.args.device)
-        cut = self._cut(dense)
-        return self._statistics(cut, self.args.pooling if cut is dense else TOKENS)
+        return self._statistics(self._cut(dense))
 
     def compress(self) -> Any:
         """Calibrate and compress the dense model without training; `train()` afterwards only trains.
@@ -239,7 +237,7 @@ class _CompressingTrainer(Trainer):
         if self.place_model_on_device:
             self._move_model_to_device(dense, self.args.device)
         cut = self._cut(dense)
-        stats = self._statistics(cut, self.args.pooling if cut is dense else TOKENS)
+        stats = self._statistics(cut)
         progress = False if self.args.disable_tqdm else None
 
         def make() -> PreTrainedModel:
@@ -274,7 +272,7 @@ class _CompressingTrainer(Trainer):
         """Whether these are statistics of this model, as the first rank has both."""
         return on_first_rank(lambda: stats is not None and stats.model_fingerprint == model_fingerprint(dense))
 
-    def _statistics(self, dense: Any, pooling: str) -> Calibration | None:
+    def _statistics(self, dense: Any) -> Calibration | None:
         """Statistics of a dense model on the training data; None on ranks other than the first."""
         if self._is_of(dense, self.calibration):
             return self.calibration
@@ -289,7 +287,7 @@ class _CompressingTrainer(Trainer):
                 dense,
                 data if flat else self._loader(rows),
                 tokenizer=self.processing_class,
-                pooling=pooling,
+                pooling=self.args.pooling,
                 seed=self.args.seed,
                 progress=False if self.args.disable_tqdm or rank_and_size()[0] else None,
             )
