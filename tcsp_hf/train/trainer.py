@@ -201,7 +201,7 @@ class _CompressingTrainer(Trainer):
         if self.args.distillation:
             logger.warning(
                 "The dense model's %s was never trained (its bias is zero), so its outputs teach nothing: the labels "
-                "alone do. For distillation fine-tune the dense model first, or give teacher=.",
+                "alone do. Fine-tuning the dense model first keeps more; or give teacher=.",
                 head,
             )
         return None
