@@ -140,6 +140,7 @@ def test_data_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.extra
 @pytest.mark.shared
 def test_the_table_of_subspaces_on_a_real_classifier(
     shared: Path, monkeypatch: pytest.MonkeyPatch, all_threads: None

@@ -54,10 +54,17 @@ def assert_graph(case: Case, model: torch.nn.Module, folder: Path) -> None:
             assert (expected[name] - torch.from_numpy(value)).abs().max() <= max(1e-4, 4.0 * rounding), name
 
 
+def marks_of(case: Case) -> list[pytest.MarkDecorator]:
+    if case == CLASSIFIER:
+        return []
+    alike = ("ForPreTraining", "ForNextSentencePrediction", "ForMultipleChoice", "ForTokenClassification")
+    return [pytest.mark.slow, pytest.mark.extra] if case.head in alike else [pytest.mark.slow]
+
+
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=str(case), marks=() if case == CLASSIFIER else pytest.mark.slow)
+        pytest.param(case, id=str(case), marks=marks_of(case))
         for case in [*BERT_CASES, *(case for case in T5_CASES if case != SEQ2SEQ)]
     ],
 )
