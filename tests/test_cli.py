@@ -140,21 +140,20 @@ def test_data_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.extra
 @pytest.mark.shared
 def test_the_table_of_subspaces_on_a_real_classifier(
     shared: Path, monkeypatch: pytest.MonkeyPatch, all_threads: None
 ) -> None:
-    """With few sentences, and bars with room: those of the project are the command's, with 2,000 of them."""
+    """`tcsp bench subspaces` exits with an error when the refit model falls short of these bars."""
     monkeypatch.setenv("TCSP_DATA_DIR", str(shared / "data"))
     model = shared / "weights" / "minilm-l6-sst2"
-    told = ("--widths", 216, "--sequences", 600, "--max-accuracy-drop", 0.02, "--max-kl", 0.03)
-    found = json.loads(tcsp("bench", "subspaces", "--model", model, *told, "--json"))
+    bars = ("--max-accuracy-drop", 0.0108, "--max-kl", 0.018)
+    found = json.loads(tcsp("bench", "subspaces", "--model", model, "--widths", 216, *bars, "--json"))
     rows = {(row["projection"], row["subspace"]): row for row in found["rows"] if not row["refit"]}
     assert found["dense_accuracy"] == pytest.approx(0.8888, abs=0.003)
-    assert rows["per_site", "pca"]["kl"] <= 0.055
-    assert rows["shared", "pca"]["accuracy"] >= 0.85
-    assert rows["per_site", "balanced"]["kl"] <= 0.040
+    assert rows["per_site", "pca"]["kl"] <= 0.045
+    assert rows["shared", "pca"]["accuracy"] >= 0.855
+    assert rows["per_site", "balanced"]["kl"] <= 0.030
     assert rows["per_site", "balanced"]["kl"] < rows["per_site", "pca"]["kl"] < rows["shared", "pca"]["kl"]
 
 

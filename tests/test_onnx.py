@@ -6,21 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import (
-    BERT_CASES,
-    T5_CASES,
-    Case,
-    calibrated,
-    find,
-    make_dense,
-    make_inputs,
-    make_small,
-    make_tokenizer,
-    make_uneven,
-)
+from common import BERT_CASES, T5_CASES, Case, find, make_dense, make_inputs, make_small, make_tokenizer, make_uneven
 from typer.testing import CliRunner
 
-from tcsp_hf import TCSPError, compress
+from tcsp_hf import TCSPError
 from tcsp_hf.cli.main import app
 from tcsp_hf.export import onnx as export_onnx_module
 from tcsp_hf.export.onnx import export_onnx
@@ -54,28 +43,15 @@ def assert_graph(case: Case, model: torch.nn.Module, folder: Path) -> None:
             assert (expected[name] - torch.from_numpy(value)).abs().max() <= max(1e-4, 4.0 * rounding), name
 
 
-def marks_of(case: Case) -> list[pytest.MarkDecorator]:
-    if case == CLASSIFIER:
-        return []
-    alike = ("ForPreTraining", "ForNextSentencePrediction", "ForMultipleChoice", "ForTokenClassification")
-    return [pytest.mark.slow, pytest.mark.extra] if case.head in alike else [pytest.mark.slow]
-
-
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=str(case), marks=marks_of(case))
+        pytest.param(case, id=str(case), marks=() if case == CLASSIFIER else pytest.mark.slow)
         for case in [*BERT_CASES, *(case for case in T5_CASES if case != SEQ2SEQ)]
     ],
 )
 def test_graph_of_every_head(case: Case, tmp_path: Path) -> None:
-    """Uneven sizes in one of each family; a layer is enough to see the other heads."""
-    if case in (CLASSIFIER, find("t5-Model")):
-        model = make_uneven(case)
-    else:
-        layers = ("num_hidden_layers",) if case in BERT_CASES else ("num_layers", "num_decoder_layers")
-        dense = make_dense(case, torch.float32, **dict.fromkeys(layers, 1))
-        model = compress(dense, calibrated(case, dense), hidden_size=16)
+    model = make_uneven(case)
     assert set(export_onnx(model, tmp_path)) == {"model.onnx"}
     assert_graph(case, model, tmp_path)
 

@@ -316,7 +316,6 @@ def test_finetune_train_evaluate(
 
 
 @pytest.mark.slow
-@pytest.mark.extra
 def test_commands_on_two_processes(data: Path, base: Path, tmp_path: Path) -> None:
     """All train, each on its share; the first one writes and prints, once."""
     dense, small = tmp_path / "dense", tmp_path / "small"
