@@ -12,7 +12,7 @@ import pytest
 import torch
 from common import Case, dense_and_statistics, find, make_dense, make_rows
 from datasets import Dataset
-from processes import environment, on_two_ranks
+from processes import command_on_two_ranks, environment, on_two_ranks
 from torch.utils.data import DataLoader
 
 from tcsp_hf import Calibration, TCSPError, calibrate
@@ -191,16 +191,12 @@ with launched():
 """
 
 
-def launch(*arguments: str) -> None:
-    done = on_two_ranks(*arguments)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.slow
 def test_two_processes_hold_the_same_statistics(tmp_path: Path) -> None:
     """Bit-equal on both, and as one process would have them, but for the order of the sums."""
     (tmp_path / "rank.py").write_text(_RANK)
-    launch(str(tmp_path / "rank.py"), str(tmp_path))
+    done = on_two_ranks(str(tmp_path / "rank.py"), str(tmp_path))
+    assert done.returncode == 0, done.stderr
     first, second = Calibration.load(tmp_path / "0"), Calibration.load(tmp_path / "1")
     assert_bit_equal(first, second)
     alone = calibrate(make_dense(BERT), make_rows(BERT, 21), batch_size=4, max_sequences=17, progress=False)
@@ -216,6 +212,8 @@ def test_the_command_on_two_processes(tmp_path: Path, tokenizer: Any) -> None:
     tokenizer.save_pretrained(tmp_path / "dense")
     (tmp_path / "texts.txt").write_text("".join(f"w{i} w{i + 1} w{2 * i}\n" for i in range(25)))
     told = [str(tmp_path / "dense"), "--data", str(tmp_path / "texts.txt"), "-o", str(tmp_path / "stats")]
-    launch("-m", "tcsp_hf", "calibrate", *told, "--batch-size", "4", "--checkpoint", str(tmp_path / "going"))
+    told += ["--batch-size", "4", "--checkpoint", str(tmp_path / "going")]
+    done = command_on_two_ranks("tcsp_hf", "calibrate", *told)
+    assert done.returncode == 0, done.stderr
     assert Calibration.load(tmp_path / "stats").sequences == 25
     assert not (tmp_path / "going").exists()

@@ -13,7 +13,7 @@ from common import find, make_dense, make_tokenizer
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import on_two_ranks
+from processes import command_on_two_ranks
 from scipy import stats
 from sklearn import metrics as sk
 from test_cli import tcsp
@@ -324,7 +324,7 @@ def test_commands_on_two_processes(data: Path, base: Path, tmp_path: Path) -> No
         ("finetune", "--model", str(base), "-o", str(dense), *common),
         ("train", "--model", str(dense), "-o", str(small), "--hidden-size", "16", *common),
     ):
-        done = on_two_ranks("-m", "tcsp_hf", *told, TCSP_DATA_DIR=str(data))
+        done = command_on_two_ranks("tcsp_hf", *told, TCSP_DATA_DIR=str(data))
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         assert found["steps"] == 1, "64 rows, 32 for each process"
