@@ -116,8 +116,30 @@ class Builder:
         """Parameters that the model of these sizes would have."""
         return meta_count(self.model_class, self.config(sizes))
 
+    def dense_sizes(self) -> Sizes:
+        """The dense model's own sizes."""
+        return self._costs_of_blocks(None).dense()
+
     def costs(self, lengths: dict[str, float] | None = None) -> Costs:
         """lengths: mean tokens of a sequence, by stack; 1 each when None (FLOPs mean nothing then)."""
+        fixed, per_hidden = self._elsewhere
+        return replace(self._costs_of_blocks(lengths), fixed=fixed, per_hidden=per_hidden)
+
+    @cached_property
+    def _elsewhere(self) -> tuple[int, tuple[int, ...]]:
+        """`Costs.fixed` and `per_hidden`: counted on models of such sizes rather than listed head by head."""
+        blocks = self._costs_of_blocks(None)
+        dense = blocks.dense()
+        whole = self.count(dense).non_embedding - blocks.parameters(dense)
+        per_hidden = []
+        for i in range(len(self.groups)):
+            narrow = dense.copy()
+            narrow.hidden[i] -= 1
+            per_hidden.append(whole - self.count(narrow).non_embedding + blocks.parameters(narrow))
+        return whole - self.full * sum(per_hidden), tuple(per_hidden)
+
+    def _costs_of_blocks(self, lengths: dict[str, float] | None) -> Costs:
+        """Without embeddings' norms and heads."""
         config = self.dense.config
         lengths = {"encoder": 1.0, "decoder": 1.0} if lengths is None else lengths
         index = {name: i for i, members in enumerate(self.groups) for name in members}
@@ -140,7 +162,7 @@ class Builder:
             )
             counts[block.attends] += 1
         bert_like = self.family == "bert"
-        bare = Costs(
+        return Costs(
             full=self.full,
             heads=config.num_attention_heads,
             head_size=self.full // config.num_attention_heads if bert_like else config.d_kv,
@@ -151,15 +173,6 @@ class Builder:
             maps=bert_like,
             per_hidden=(0,) * len(self.groups),
         )
-        # what embeddings' norms and heads cost is counted on models of these sizes rather than listed head by head
-        dense = bare.dense()
-        whole = self.count(dense).non_embedding - bare.parameters(dense)
-        per_hidden = []
-        for i in range(len(self.groups)):
-            narrow = dense.copy()
-            narrow.hidden[i] -= 1
-            per_hidden.append(whole - self.count(narrow).non_embedding + bare.parameters(narrow))
-        return replace(bare, fixed=whole - self.full * sum(per_hidden), per_hidden=tuple(per_hidden))
 
     # --- models --------------------------------------------------------------------------------------------------
 

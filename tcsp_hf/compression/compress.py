@@ -146,7 +146,7 @@ def _choose_sizes(
 ) -> Sizes:
     """Sizes that meet the budget; what was predicted goes into `options`."""
     if not request.searches:
-        sizes = builder.costs().dense()
+        sizes = builder.dense_sizes()
         if request.hidden_size is not None:
             sizes.hidden[:] = [builder.round_up(request.hidden_size)] * len(sizes.hidden)
         elif request.energy is not None:
@@ -244,7 +244,7 @@ def width_table(model: PreTrainedModel, steps: int = 12) -> list[WidthRow]:
     builder = Builder(model, family, head, DEFAULT_KIND[family], min(8, full))
     before = count_parameters(model).non_embedding
     widths = sorted({builder.round_up(max(1, full * i // steps), quiet=True) for i in range(1, steps + 1)})
-    dense = builder.costs().dense()
+    dense = builder.dense_sizes()
     rows = []
     for width in reversed(widths):
         count = builder.count(replace(dense, hidden=[width] * len(dense.hidden)))
@@ -259,7 +259,7 @@ def _width_for_removal(model: PreTrainedModel, builder: Builder, remove: float) 
         TCSPError: even the smallest width removes less; the message names what is reachable.
     """
     before = count_parameters(model).non_embedding
-    dense = builder.costs().dense()
+    dense = builder.dense_sizes()
     candidates = sorted({*range(builder.multiple_of, builder.full + 1, builder.multiple_of), builder.full})
 
     def removed(width: int) -> float:

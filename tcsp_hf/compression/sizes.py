@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from ..offload import distinct_parameters, identity
 
@@ -103,5 +104,7 @@ def _by_place(model: nn.Module) -> dict[str, int]:
 
 def meta_count(model_class: Callable[[Any], PreTrainedModel], config: Any) -> ParameterCount:
     """Parameters that a model of this configuration would have; takes no memory."""
-    with torch.device("meta"):
-        return count_parameters(model_class(config))
+    with torch.device("meta"), no_init_weights():
+        model = model_class(config)
+    model.tie_weights()
+    return count_parameters(model)

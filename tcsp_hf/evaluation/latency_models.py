@@ -103,7 +103,7 @@ def one_width(builder: Builder, width: int) -> Sizes:
     """
     if not 1 <= width <= builder.full:
         raise TCSPError(f"--hidden-size is {width}; allowed: 1 to {builder.full}.")
-    sizes = builder.costs().dense()
+    sizes = builder.dense_sizes()
     sizes.hidden[:] = [width] * len(sizes.hidden)
     return sizes
 
