@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: looking through it takes 0.4 s of every training, which collects garbage at its start."""
+    """What was imported stays; to look through it takes 0.4 s of every training, which collects garbage first."""
     gc.collect()
     gc.freeze()
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from common import CASES, Case, make_small
+from common import CASES, Case, find, make_small
 from test_card import tokenizer_of
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -66,3 +66,44 @@ def test_pipeline(case: Case) -> None:
             best = probabilities[entry["index"]]
             assert entry["entity"] == model.config.id2label[int(best.argmax())]
             assert entry["score"] == pytest.approx(float(best.max()), abs=1e-5)
+
+
+def test_pipelines(tokenizer, tmp_path):
+    """From a folder, as a user would: the pipeline finds model, configuration and tokenizer by itself."""
+    tasks = {
+        "text-classification": "bert-ForSequenceClassification",
+        "token-classification": "bert-ForTokenClassification",
+        "fill-mask": "bert-ForMaskedLM",
+        "feature-extraction": "bert-Model",
+    }
+    for task, name in tasks.items():
+        case = find(name)
+        folder = tmp_path / task
+        make_small(case).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        pipe = transformers.pipeline(task, model=str(folder))
+        assert type(pipe.model).__name__ == case.small_class_name
+        text = "w1 w2 [MASK] w4" if task == "fill-mask" else "w1 w2 w3 w4"
+        found = pipe([text, text + " w5 w6"], batch_size=2)
+        assert len(found) == 2
+        if task == "text-classification":
+            assert found[0]["label"].startswith("LABEL_") and 0 < found[0]["score"] < 1
+        elif task == "fill-mask":
+            assert len(found[0]) == 5 and all(0 < guess["score"] < 1 for guess in found[0])
+        elif task == "token-classification":
+            assert len(found[0]) == 4 and all(token["entity"].startswith("LABEL_") for token in found[0])
+        else:
+            assert len(found[1][0]) == 8 and len(found[1][0][0]) == 16
+
+
+def test_auto_class_of_question_answering(tokenizer, tmp_path):
+    """Version 5 of transformers has no pipeline for it; the Auto class and the tokenizer's pair do the work."""
+    case = find("bert-ForQuestionAnswering")
+    make_small(case).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    inputs = loaded("w1 w2", "w3 w4 w5", return_tensors="pt")
+    with torch.no_grad():
+        found = model(**inputs)
+    assert found.start_logits.shape == found.end_logits.shape == inputs["input_ids"].shape

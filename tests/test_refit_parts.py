@@ -1,9 +1,9 @@
-"""The parts of the closed-form refit, against brute force or their definition; the whole: `test_refit_problems.py`."""
+"""The parts of the closed-form refit, against brute force or their definition; the whole: `refit_problems.py`."""
 
 import pytest
 import torch
 from common import D, find, make_dense, make_rows
-from test_refit_problems import HEAD, HEADS, NEURONS, Rows, record
+from refit_problems import HEAD, HEADS, NEURONS, Rows, record
 
 from tcsp_hf import TCSPError, calibrate
 from tcsp_hf.architectures import sites_of

@@ -1,0 +1,63 @@
+"""What processors do faster, written over, in parts or laid out anew, gives what the plain way gives."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from common import ONE_SOURCE_CASES, Case, find, largest_difference, make_inputs, make_uneven, outputs, rounding_error
+
+from tcsp_hf import modeling_tcsp, modeling_tcsp_bert, modeling_tcsp_t5
+
+per_case = pytest.mark.parametrize("case", ONE_SOURCE_CASES, ids=str)
+
+
+@pytest.mark.parametrize("case", [find("bert-Model"), find("t5-Model")], ids=str)
+def test_fast_paths_change_nothing(case: Case) -> None:
+    """Heads that are padded for the fused attention, and maps that are added in place, against the plain way."""
+    inputs = make_inputs(case)
+    model = make_uneven(case, torch.float64)
+    model.set_attn_implementation("sdpa")
+    fast = outputs(case, model, inputs)
+    model.set_attn_implementation("eager")  # no padding
+    hooks = [m.register_forward_hook(lambda *_: None) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert largest_difference(outputs(case, model, inputs), fast) < 1e-10  # hooked linears are not added in place
+    for hook in hooks:
+        hook.remove()
+    assert largest_difference(outputs(case, model, inputs), fast) < 1e-10
+
+
+@per_case
+def test_results_written_over_and_large_batches_in_parts(case: Case):
+    """What a processor does without gradients is what it does with them."""
+    model, inputs = make_uneven(case), make_inputs(case)
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (modeling_tcsp, modeling_tcsp_bert, modeling_tcsp_t5):
+            patched.setattr(module, "may_overwrite", lambda: False)
+        expected, tolerance = outputs(case, model, inputs), max(1e-4, 4.0 * rounding_error(case, model, inputs))
+    assert largest_difference(expected, outputs(case, model, inputs)) <= tolerance
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(modeling_tcsp, "_ROWS", 1)  # every sequence alone
+        assert largest_difference(expected, outputs(case, model, inputs)) <= tolerance
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_python", "relu", "silu"])
+def test_activations_written_over_their_argument(activation: str):
+    linear, act, states = torch.nn.Linear(4, 6), transformers.activations.ACT2FN[activation], torch.randn(5, 4)
+    with torch.no_grad():
+        expected = act(linear(states))
+        assert torch.allclose(modeling_tcsp.activate(act, linear, states), expected, atol=1e-6)
+
+
+def test_layout_for_decoding_keeps_values_and_files(tmp_path):
+    case = find("t5-ForConditionalGeneration")
+    model, inputs = make_uneven(case), make_inputs(case)
+    expected, before = outputs(case, model, inputs), copy.deepcopy(model).state_dict()
+    model.generate(inputs["input_ids"], max_new_tokens=3)
+    moved = [name for name, value in model.named_parameters() if not value.is_contiguous()]
+    assert "lm_head.weight" in moved and not any("embed" in name or "encoder." in name for name in moved)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert largest_difference(expected, outputs(case, model, inputs)) <= 1e-4
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(value, before[name]) and value.is_contiguous() for name, value in again.state_dict().items())
