@@ -171,16 +171,22 @@ class TCSPConfig(PreTrainedConfig):
 
         Other unknown keywords stay allowed, as in every transformers configuration (other libraries use them).
         """
-        own = sorted(name for name in type(self).__dataclass_fields__ if name.startswith(self.own_prefixes))
         for name in kwargs:
-            if name.startswith("_") or hasattr(type(self), name):
-                continue
-            close = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
-            if close or name.startswith(self.own_prefixes):
-                hint = close[0] if close else ", ".join(own)
+            meant = self.looks_like(name)
+            if meant:
                 raise ValueError(
-                    f"{type(self).__name__} has no field {name!r} (value {kwargs[name]!r}); allowed: {hint}."
+                    f"{type(self).__name__} has no field {name!r} (value {kwargs[name]!r}); allowed: "
+                    f"{', '.join(meant)}."
                 )
+
+    @classmethod
+    def looks_like(cls, name: str) -> list[str]:
+        """Our own fields that an unknown keyword may be meant for; none where it may stand as another library's."""
+        own = sorted(field for field in cls.__dataclass_fields__ if field.startswith(cls.own_prefixes))
+        if name in cls.__dataclass_fields__ or name.startswith("_") or hasattr(cls, name):
+            return []
+        close = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
+        return close or (own if name.startswith(cls.own_prefixes) else [])
 
     def _check_inherited(self, given: dict[str, Any]) -> None:
         """Refuse values that transformers' own configuration would take, to fail on them later or read them wrongly.

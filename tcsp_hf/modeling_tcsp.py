@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from transformers import activations
+from transformers import PreTrainedConfig, activations
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__ else "past_key_values"
@@ -41,10 +41,10 @@ class TCSPPreTrainedMixin:
         Raises:
             ValueError: some are missing, where transformers alone would warn and go on with random ones.
         """
-        saved_as = getattr(kwargs.get("config"), "architectures", None)  # the Auto classes hand the configuration on
         try:
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         except RuntimeError:
+            saved_as = cls._saved_as(*args, **kwargs)
             if not saved_as or cls.__name__ in saved_as or "ignore_mismatched_sizes" in kwargs:
                 raise
             model, info = super().from_pretrained(
@@ -62,6 +62,15 @@ class TCSPPreTrainedMixin:
                 "truncated or altered. Make or download it again."
             )
         return model
+
+    @classmethod
+    def _saved_as(cls, path: Any = None, *args: Any, config: Any = None, **kwargs: Any) -> list[str]:
+        """The classes that a checkpoint names."""
+        if not isinstance(config, PreTrainedConfig):  # the Auto classes hand it on
+            names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+            chosen = {name: kwargs[name] for name in names if name in kwargs}
+            config = cls.config_class.from_pretrained(config or path, **chosen)  # type: ignore[attr-defined]
+        return list(config.architectures or ())
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, force: bool = False, **kwargs: Any

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import Site, blocks_of, dense_hidden_size, family_of, sites_of
 from ..errors import TCSPError
+from ..modes import evaluating
 from ..offload import device_of, forgetting
 from ..ranks import rank_and_size
 from .checkpoint import Checkpoint
@@ -164,6 +165,11 @@ def calibrate(
     )
     with _ready(model), recorder.attached(model), forgetting(model), bar:
         for batch in batches(data, options):
+            if head == "ForMultipleChoice" and batch["input_ids"].dim() == 2:
+                raise TCSPError(
+                    "A multiple-choice model reads several texts together, but the data gives single ones: give a "
+                    "DataLoader of batches whose input_ids are (batch, choices, length)."
+                )
             if saved is not None and saved.is_done(batch):
                 bar.update(batch["input_ids"].shape[:-1].numel())
                 continue
@@ -174,7 +180,7 @@ def calibrate(
             recorder.start(inputs)
             no_cache = {"use_cache": False} if "decoder_input_ids" in inputs else {}  # nothing is generated
             with torch.set_grad_enabled(fisher):
-                outputs = model(**inputs, **no_cache)
+                outputs = model(**inputs, **no_cache, return_dict=True)
                 recorder.forward_is_over()
                 if fisher:
                     likelihood = objective(model, outputs, {**inputs, **extra}, draws)
@@ -220,18 +226,15 @@ def _chosen_sites(model: PreTrainedModel, patterns: Sequence[str] | None) -> lis
 @contextmanager
 def _ready(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without parameter gradients; everything is put back afterwards."""
-    training = [module for module in model.modules() if module.training]
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
     for parameter in wanted:
         parameter.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
 
 
 def _sequence_keys(batch: Batch, seed: int) -> list[int]:

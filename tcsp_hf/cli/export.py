@@ -32,9 +32,9 @@ def export_command(
             "--format",
             "-f",
             help="t5: a stock T5 or mT5 checkpoint that needs no code of this package. bert: a stock BERT, the same "
-            "function where neurons alone were cut (--axes filters --uniform), otherwise one to fine-tune (--stats). "
-            "ctranslate2: the T5 for CTranslate2's runtime. onnx, openvino: the checkpoint with graphs in a folder of "
-            "that name, checked by that runtime.",
+            "function where neurons alone were cut (--axes filters --uniform; nearly, of a model without a head), "
+            "otherwise one to fine-tune (--stats). ctranslate2: the T5 for CTranslate2's runtime. onnx, openvino: the "
+            "checkpoint with graphs in a folder of that name, checked by that runtime.",
         ),
     ],
     stats: Annotated[

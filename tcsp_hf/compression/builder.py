@@ -34,6 +34,7 @@ _NOT_COPIED = (
     "dtype",
     "torch_dtype",
     "_name_or_path",
+    "position_embedding_type",
 )
 
 
@@ -96,18 +97,23 @@ class Builder:
 
     def config(self, sizes: Sizes, kept_heads: list[list[int]] | None = None) -> TCSPConfig:
         """kept_heads: indices, for every attention block; the first ones when None (for counting)."""
-        fields = {name: value for name, value in self.dense.config.to_dict().items() if name not in _NOT_COPIED}
         own: dict[str, Any]
-        config_class: Callable[..., TCSPConfig]
+        config_class: type[TCSPConfig]
         widths = self.widths(sizes)
         if self.family == "bert":
             own, config_class = bert.config_fields(self.dense, widths, sizes), TCSPBertConfig
-            fields.pop("position_embedding_type", None)
         else:
             own_bases = self.kind == "per_site" and "decoder.final" in widths
             kept = [list(range(count)) for count in sizes.heads] if kept_heads is None else kept_heads
             own = t5.config_fields(self.dense, widths, own_bases, sizes, kept)
             config_class = TCSPT5Config
+        # other libraries' fields come along, but for those that would be taken for misspelled ones of ours, such as
+        # pooler_fc_size in the first multilingual BERTs
+        fields = {
+            name: value
+            for name, value in self.dense.config.to_dict().items()
+            if name not in _NOT_COPIED and not config_class.looks_like(name)
+        }
         config = config_class(**{**fields, **own})
         config._attn_implementation = self.dense.config._attn_implementation
         return config

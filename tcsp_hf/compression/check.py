@@ -10,6 +10,7 @@ from ..calibration import Calibration
 from ..calibration.divergence import divergence, model_inputs
 from ..calibration.objectives import objective_of
 from ..errors import TCSPError
+from ..modes import evaluating
 from ..offload import device_of
 from .least_squares import HELD_OUT_EVERY
 from .streams import padded_batches
@@ -49,17 +50,14 @@ def measured_loss(dense: PreTrainedModel, small: Any, stats: Calibration) -> flo
     if not rows:
         return None
     objective = objective_name(dense, stats)
-    total, training = 0.0, [module for module in dense.modules() if module.training]
-    dense.eval()
-    with torch.no_grad():
+    total = 0.0
+    with evaluating(dense), torch.no_grad():
         for batch in padded_batches(rows, device_of(dense)):
             inputs = model_inputs(dense, batch)
-            expected, found = dense(**inputs), small(**inputs)
+            expected, found = dense(**inputs, return_dict=True), small(**inputs, return_dict=True)
             if objective.startswith("embedding"):
                 found.last_hidden_state = small.lift(found.last_hidden_state)
             total += float(divergence(dense, objective, batch, expected, found))
-    for module in training:
-        module.training = True
     if not math.isfinite(total):
         raise TCSPError(
             "The compressed model's outputs on the calibration's own sequences hold a NaN or an infinity: compress in "

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..architectures import dense_hidden_size, family_of
 from ..calibration import Calibration
 from ..errors import TCSPError
+from ..modes import evaluating
 from . import bert, t5
 from .builder import Builder
 from .check import doubt_about, measured_loss, objective_name
@@ -71,7 +72,8 @@ def compress(
         subspace: `"balanced"` weighs directions by what the output does with them; `"pca"` is the paper's.
         refit: solve every linear again, in closed form, on the token sample that `stats` carries. None: wherever there
             is one and anything is cut.
-        uniform: one width, and one size of each kind for all layers (plain T5, runtimes that want it).
+        uniform: one width, and one size of each kind for all layers, for runtimes that want it. Which heads are kept
+            may still differ: a stock T5 or BERT (`tcsp export`) wants `axes` without them.
         epsilon: weight of the identity beside Gamma in `"balanced"`, in units of Gamma's mean eigenvalue.
         multiple_of: widths are rounded up to a multiple (D itself always stays possible); said in a warning.
         search: keeps what the search measures for other budgets; None measures and forgets.
@@ -100,29 +102,10 @@ def compress(
     request = check_request(
         family, full, stats, budgets, axes, projection, subspace, refit, uniform, epsilon, multiple_of
     )
-    builder = Builder(model, family, head, request.kind, multiple_of)
-    spectra = [_pooled_spectrum(stats, members, subspace, epsilon) for members in builder.groups]
-    options: dict[str, Any] = {"refit": request.refit, "axes": list(request.axes), "uniform": uniform}
-    sizes = _choose_sizes(model, stats, request, builder, spectra, search or Search(), options, progress)
-    needed = max(sizes.hidden)
-    if stats.tokens < needed:
-        raise TCSPError(
-            f"The statistics hold {stats.tokens} tokens, but a hidden size of {needed} needs at least {needed}: "
-            "calibrate on more text, or choose a smaller size."
-        )
-    bases = _cut_bases(stats, builder, spectra, sizes, subspace, epsilon)
-    del spectra
-    small: Any
-    record = {"subspace": subspace, "epsilon": float(epsilon) if subspace == "balanced" else None, "options": options}
-    if request.refit:
-        small = _refit(model, stats, request, builder, bases, sizes, record, progress)
-    else:
-        tensors = (bert if family == "bert" else t5).project(model, bases)
-        small = builder.build(bases, stats, sizes, None, tensors, record)
-    measured = measured_loss(model, small, stats)
-    if measured is not None:
-        small.config.projection["options"]["measured_kl"] = round(measured, 8)
-    predicted = options.get("predicted_kl")
+    with evaluating(model):
+        small = _smaller(model, stats, family, head, request, search or Search(), progress)
+    options = small.config.projection["options"]
+    predicted, measured = options.get("predicted_kl"), options.get("measured_kl")
     size = full if objective_name(model, stats).startswith("embedding") else None
     small.doubt = doubt_about(predicted, measured, size)
     if small.doubt is not None:
@@ -131,6 +114,42 @@ def compress(
         print(size_table(model, small))
         if predicted is not None and measured is not None:
             print(f"loss (nats per sequence): predicted {predicted:.3g}, measured {measured:.3g}")
+    return small
+
+
+def _smaller(
+    model: PreTrainedModel,
+    stats: Calibration,
+    family: str,
+    head: str,
+    request: Request,
+    search: Search,
+    progress: bool | None,
+) -> Any:
+    """The compressed model, with what was predicted and measured among the options of its provenance."""
+    builder = Builder(model, family, head, request.kind, request.multiple_of)
+    spectra = [_pooled_spectrum(stats, members, request.subspace, request.epsilon) for members in builder.groups]
+    options: dict[str, Any] = {"refit": request.refit, "axes": list(request.axes), "uniform": request.uniform}
+    sizes = _choose_sizes(model, stats, request, builder, spectra, search, options, progress)
+    needed = max(sizes.hidden)
+    if stats.tokens < needed:
+        raise TCSPError(
+            f"The statistics hold {stats.tokens} tokens, but a hidden size of {needed} needs at least {needed}: "
+            "calibrate on more text, or choose a smaller size."
+        )
+    bases = _cut_bases(stats, builder, spectra, sizes, request.subspace, request.epsilon)
+    del spectra
+    small: Any
+    epsilon = float(request.epsilon) if request.subspace == "balanced" else None
+    record = {"subspace": request.subspace, "epsilon": epsilon, "options": options}
+    if request.refit:
+        small = _refit(model, stats, request, builder, bases, sizes, record, progress)
+    else:
+        tensors = (bert if family == "bert" else t5).project(model, bases)
+        small = builder.build(bases, stats, sizes, None, tensors, record)
+    measured = measured_loss(model, small, stats)
+    if measured is not None:
+        small.config.projection["options"]["measured_kl"] = round(measured, 8)
     return small
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ..architectures import Block, blocks_of, family_of, sites_of
 from ..calibration import Calibration
 from ..calibration.divergence import divergence, model_inputs
+from ..modes import evaluating
 from ..offload import device_of, is_offloaded, read_tensor
 from .check import objective_name, probe_sequences
 from .filters import drop_inputs
@@ -445,14 +446,11 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
     # the stacks of a T5 have configurations of their own, which transformers 5.17 leaves alone
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     before = [part.config._attn_implementation for part in parts]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     for part in parts:
         part.set_attn_implementation("eager")
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for part, name in zip(parts, before, strict=True):
             part.set_attn_implementation(name)
-        for module in training:
-            module.training = True

@@ -77,6 +77,11 @@ def _runner(builder: Builder, lengths: dict[str, float]) -> Callable[[PreTrained
         for name, stack in (("input_ids", "encoder"), ("decoder_input_ids", "decoder"))
         if stack == "encoder" or lengths["decoder"] > 0
     }
+    eos = getattr(config, "eos_token_id", None)
+    if builder.family == "t5" and isinstance(eos, int):  # the head of a T5 classifier reads there
+        ids = inputs["input_ids"]
+        ids[ids == eos] = 0 if eos else 1
+        ids[:, -1] = eos
     if builder.head == "ForMultipleChoice":
         inputs = {name: value.unsqueeze(1) for name, value in inputs.items()}
 

@@ -48,7 +48,7 @@ class Metrics:
         sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in self._squares}
         with torch.no_grad(), self.recording(list(self._squares)) as scales:
             for batch in probe:
-                dense(**model_inputs(dense, batch))
+                dense(**model_inputs(dense, batch), return_dict=True)
                 for name, total in sums.items():
                     mask = batch[self.mask_name(name)].bool()
                     rows = scales[name].reshape(mask.shape)[mask].double().square()

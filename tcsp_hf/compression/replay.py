@@ -45,7 +45,7 @@ class Replay:
 
         handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(self._layers)]
         try:
-            return self.dense(**model_inputs(self.dense, batch))
+            return self.dense(**model_inputs(self.dense, batch), return_dict=True)
         finally:
             for handle in handles:
                 handle.remove()
@@ -56,7 +56,7 @@ class Replay:
         first = min(self._position.get(module, 0) for module in changed)
         for batch, known in zip(self.batches, self._outputs, strict=True):
             with _replaced(self._layers[:first], known):
-                found = self.dense(**model_inputs(self.dense, batch))
+                found = self.dense(**model_inputs(self.dense, batch), return_dict=True)
             yield found
 
 

@@ -6,6 +6,7 @@ width needs residual maps, which no stock class has: the coordinates of the site
 diagonal (`gauge`), and everything else is solved around what remains (`plain_bert_fit`).
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from ..configuration_tcsp_bert import TCSPBertConfig
 from ..errors import TCSPError
 from .plain_bert_fit import PlainBertFitter, PlainFit, PlainSizes, site_norms
 
+logger = logging.getLogger("tcsp_hf")
 Tensors = dict[str, torch.Tensor]
+_MIXED = 1e-5
 _NOT_COPIED = ("model_type", "architectures", "transformers_version", "auto_map", "dtype", "_name_or_path")
 _POOLED = ("ForSequenceClassification", "ForMultipleChoice")
 _FITTED = ("Model", "ForTokenClassification", "ForQuestionAnswering", *_POOLED)
@@ -41,8 +44,9 @@ def to_plain_bert(
     """A stock transformers model, e.g. `BertForSequenceClassification`, that stands for a compressed BERT.
 
     With all sites at the dense width, the dense heads and one number of neurons (`compress(..., axes=("filters",),
-    uniform=True)`) it is the same function, to rounding. With one smaller width it is an approximation to start
-    fine-tuning from; `tcsp bench plain-bert` measures how far it is.
+    uniform=True)`) it is the same function, to rounding, with any head; a base model's hidden states are the lifted
+    ones but for what a refit's lift mixes between coordinates, which no LayerNorm can: a warning says how much. With
+    one smaller width it is an approximation to start fine-tuning from; `tcsp bench plain-bert` measures how far it is.
 
     Args:
         model: a compressed BERT of one width, and one size of each kind for all layers. It is left untouched.
@@ -190,7 +194,7 @@ def _exact(model: PreTrainedModel, config: TCSPBertConfig) -> PreTrainedModel:
     for kind in ("word", "position", "token_type"):
         table = getattr(base.embeddings, f"{kind}_embeddings").weight
         tensors[f"{prefix}embeddings.{kind}_embeddings.weight"] = table
-    weights, biases = _stock_norms(base, norms)
+    weights, biases = _stock_norms(base, norms, headed=base is not model)
     for t, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         layer = f"{prefix}encoder.layer.{(t - 1) // 2}"
         name = f"{prefix}embeddings" if t == 0 else f"{layer}.attention.output" if t % 2 else f"{layer}.output"
@@ -239,12 +243,20 @@ def _exact(model: PreTrainedModel, config: TCSPBertConfig) -> PreTrainedModel:
     return _filled(plain, tensors, model, model.dtype)
 
 
-def _stock_norms(base: Any, norms: list[Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _stock_norms(base: Any, norms: list[Any], headed: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Weight and bias of every stock norm: what the residual stream multiplies by; at the end the lift's diagonal."""
     weights = []
     for layer in base.encoder.layer:
         weights += [layer.attention.output.residual.weight, layer.output.residual.weight]
-    weights.append(base.lift_map.weight.diagonal())
+    lift = base.lift_map.weight.detach()
+    mixed = float((lift - lift.diagonal().diag()).norm() / lift.norm())
+    if not headed and mixed > _MIXED:
+        logger.warning(
+            "The hidden states of the plain model leave out what the lift mixes between coordinates, %.1f %% of it "
+            "(Frobenius norm). The outputs of a model with a head are exact.",
+            100 * mixed,
+        )
+    weights.append(lift.diagonal())
     weights = [weight.detach() * norm.weight.detach() for weight, norm in zip(weights, norms, strict=True)]
     least = [_LEAST * weight.abs().max() for weight in weights]
     weights = [torch.where(w.abs() < small, small, w) for w, small in zip(weights, least, strict=True)]

@@ -116,8 +116,8 @@ def _only(what: str, values: dict[str, Any], reason: str, default: Any = None) -
     for place, other in values.items():
         if other != value:
             raise TCSPError(
-                f"{what} differ: {first} has {value}, {place} has {other}, but {reason}. Compress with the same sizes "
-                "everywhere, or keep the checkpoint as it is."
+                f"{what} differ: {first} has {value}, {place} has {other}, but {reason}. Compress with "
+                "uniform=True and without heads among the axes, or keep the checkpoint as it is."
             )
     return value
 

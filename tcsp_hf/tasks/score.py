@@ -7,6 +7,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..modes import evaluating
 from .metrics import GlueMetric
 from .predict import predict
 from .squad import Window, best_answer, encode_windows
@@ -36,9 +37,7 @@ def score(
     """
     form = form_of(model, task)
     length = max_length or task.max_length
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if form == CLASSIFICATION:
             texts = texts_of(task, data)
             logits = predict(model, tokenizer, texts, batch_size=batch_size, max_length=length, progress=progress)
@@ -48,8 +47,6 @@ def score(
             windows = span_windows(model, tokenizer, data, batch_size, length, progress)
             return score_answers(task, answers_of(task, data, windows), data)
         written = write(model, tokenizer, task, data, batch_size, length, progress)
-    finally:
-        model.train(training)
     return score_written(task, written, data)
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..architectures import sites_of, t5_sites
+from ..modes import evaluating
 
 _RIDGE = 1e-3  # of the mean eigenvalue of the second moment
 _TOKENS_PER_DIMENSION = 16
@@ -122,10 +123,7 @@ class SiteSums:
         shared = [name for name in compressed_norms(small) if name in known]
         sums = cls({}, {}, dict.fromkeys(shared, 0))
         enough = _TOKENS_PER_DIMENSION * int(dense.config.hidden_size)
-        modes = [(model, model.training) for model in (dense, small)]
-        dense.eval()
-        small.eval()
-        try:
+        with evaluating(dense, small):
             for inputs in batches:
                 with record_dense(dense) as normalised, record_compressed(small, shared) as carried:
                     dense(**inputs)
@@ -136,9 +134,6 @@ class SiteSums:
                     sums._add(name, normalised[name][mask], carried[name][mask])
                 if min(sums.tokens.values()) >= enough:
                     break
-        finally:
-            for model, training in modes:
-                model.train(training)
         return sums
 
     def _add(self, name: str, normalised: torch.Tensor, carried: torch.Tensor) -> None:

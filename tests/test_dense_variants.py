@@ -1,0 +1,97 @@
+"""Dense models as they come: with settings of other libraries, in training mode, with heads of their own habits."""
+
+import logging
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from common import Case, dense_and_sample, find, make_dense, make_inputs, make_rows, make_small
+
+import tcsp_hf
+from tcsp_hf import TCSPError, calibrate, compress
+from tcsp_hf.export.plain_bert import to_plain_bert
+
+CLASSIFIER, WRITER = find("bert-ForSequenceClassification"), find("t5-ForConditionalGeneration")
+LATENCY = import_module("tcsp_hf.compression.latency")
+
+
+def statistics(case: Case, model: Any) -> Any:
+    return calibrate(model, make_rows(case, 40), progress=False)
+
+
+def test_settings_of_other_libraries(tmp_path) -> None:
+    """The first multilingual and Chinese BERTs carry what TensorFlow's pooler was made with."""
+    model = make_dense(CLASSIFIER, torch.float32)
+    others = {"pooler_fc_size": 768, "pooler_num_fc_layers": 3, "pooler_type": "first_token_transform", "mlm_x": 1}
+    for name, value in {**others, "classifier_note": "kept"}.items():
+        setattr(model.config, name, value)
+    small = compress(model, statistics(CLASSIFIER, model), hidden_size=16)
+    assert not any(hasattr(small.config, name) for name in others)
+    small.save_pretrained(tmp_path)
+    assert type(small).from_pretrained(tmp_path).config.classifier_note == "kept"
+
+
+@pytest.mark.parametrize("case", [CLASSIFIER, WRITER], ids=str)
+def test_a_model_that_gives_tuples(case: Case) -> None:
+    model = make_dense(case, torch.float32)
+    model.config.return_dict = False
+    small = compress(model, statistics(case, model), remove=0.3)
+    assert small.config.return_dict is False and small.config.projection["removed"] >= 0.3
+
+
+@pytest.mark.parametrize("case", [CLASSIFIER, WRITER], ids=str)
+def test_training_mode_changes_nothing(case: Case) -> None:
+    model = make_dense(case, torch.float32)
+    stats = statistics(case, model)
+    expected = compress(model.eval(), stats, remove=0.3)
+    model.train()
+    frozen = next(module for module in model.modules() if isinstance(module, torch.nn.Dropout)).eval()
+    found = compress(model, stats, remove=0.3)
+    assert model.training and not frozen.training
+    assert all(map(torch.equal, expected.state_dict().values(), found.state_dict().values()))
+
+
+@pytest.mark.parametrize("case", [CLASSIFIER, find("t5-ForSequenceClassification")], ids=str)
+def test_time_is_that_of_evaluation(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On inputs that the head can read: a T5 classifier wants one end token in each."""
+    model = make_dense(case, torch.float32)
+    stats = statistics(case, model)
+
+    def ratio(run: Any, dense: torch.nn.Module, small: torch.nn.Module) -> float:
+        assert not dense.training and not small.training
+        assert run(dense).logits.shape == run(small).logits.shape
+        return 0.75
+
+    monkeypatch.setattr(LATENCY, "_time_ratio", ratio)
+    small = compress(model.train(), stats, latency=0.75)
+    assert small.config.projection["options"]["latency_table"][0]["latency"] == 0.75
+
+
+def test_multiple_choice_wants_choices(tokenizer) -> None:
+    model = make_dense(find("bert-ForMultipleChoice"), torch.float32)
+    with pytest.raises(TCSPError, match=r"\(batch, choices, length\)"):
+        calibrate(model, ["w1 w2", "w3 w4"], tokenizer=tokenizer, progress=False)
+
+
+def test_a_head_of_another_task_by_its_own_class(tmp_path) -> None:
+    make_small(CLASSIFIER).save_pretrained(tmp_path)
+    model = tcsp_hf.TCSPBertForTokenClassification.from_pretrained(tmp_path, num_labels=5)
+    assert model.classifier.out_features == 5
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        tcsp_hf.TCSPBertForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+
+
+def test_a_plain_encoder_says_what_it_leaves_out(caplog: pytest.LogCaptureFixture) -> None:
+    """A refit lift mixes coordinates, a LayerNorm cannot; what a head reads is exact all the same."""
+    case = find("bert-Model")
+    small = compress(*dense_and_sample(case, torch.float32), remove=0.15, axes=("filters",), uniform=True)
+    inputs = make_inputs(case)
+    with caplog.at_level(logging.WARNING, logger="tcsp_hf"):
+        plain = to_plain_bert(small)
+    assert "leave out what the lift mixes" in caplog.text
+    with torch.no_grad():
+        expected, found = small(**inputs), plain(**inputs)
+        lifted = small.lift(expected.last_hidden_state)
+    assert torch.allclose(found.pooler_output, expected.pooler_output, atol=1e-5)
+    assert 1e-5 < float((found.last_hidden_state - lifted).norm() / lifted.norm()) < 0.1
