@@ -44,8 +44,8 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool) -> Path:
 def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of `path` when the block ends without an exception.
 
-    An existing non-empty `path` is refused unless `overwrite`; it is then replaced as a whole. After an exception
-    (or a kill) `path` is as it was. What runs that were killed left beside it is removed.
+    An existing non-empty `path` is refused unless `overwrite`, at the end as well; it is then replaced as a whole.
+    After an exception (or a kill) `path` is as it was. What runs that were killed left beside it is removed.
 
     Raises:
         TCSPError: see `check_output_folder`.
@@ -57,6 +57,10 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
     try:
         os.chmod(staging, 0o777 & ~_umask())  # mkdtemp's folders are private to the user
         yield staging
+        if not overwrite and target.is_dir() and any(target.iterdir()):
+            aside = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
+            os.replace(staging, aside)
+            raise TCSPError(f"Something else was written to {target} meanwhile: the result is in {aside}.")
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_OLD, dir=target.parent))
             os.replace(target, old / "old")

@@ -65,7 +65,11 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu", offload: 
             f"The weights of {name!r} are a pickle that holds more than tensors: they are not loaded. Ask for a "
             "checkpoint in safetensors."
         ) from None
-    return model.to(device).eval()
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # unknown names are the one, devices that are not there the other
+        reason = str(error).splitlines()[0]
+        raise TCSPError(f"device is {device!r}, where the model cannot go: {reason} Try cpu.") from error
 
 
 def model_class(library: Any, name: Any) -> Any:
@@ -109,8 +113,8 @@ def load_tokenizer(name: str) -> Any:
 
 
 def resolve_name(name: str) -> str:
-    """`"all-MiniLM-L6-v2"` means the copy that the `[demo]` extra carries, or the Hub's; other names stay."""
-    return demo_model_path() if name == DEMO_MODEL.split("/")[-1] else name
+    """`"all-MiniLM-L6-v2"` means a folder of that name, else the copy that the `[demo]` extra carries, or the Hub's."""
+    return demo_model_path() if name == DEMO_MODEL.split("/")[-1] and not Path(name).is_dir() else name
 
 
 def demo_model_path() -> str:

@@ -28,6 +28,8 @@ class TCSPPreTrainedMixin:
     """Prefixes of weights that a checkpoint may lack; transformers warns of them."""
     publisher: ClassVar[Callable[..., str] | None] = None
     """Set by the package: pushes checks and the model card along. None in the code beside a checkpoint."""
+    accepts_loss_kwargs: ClassVar[bool] = False
+    """For `Trainer`: losses are means over the batch, so that steps which add up to one are to be averaged."""
     doubt: str | None = None
     """Set by `compress` on a model whose outputs are not what was predicted: why it is not saved unless forced."""
 

@@ -13,7 +13,7 @@ from common import Case, find, make_dense, make_small, make_tokenizer, planted
 from datasets import Dataset
 from processes import on_two_ranks
 from training import make_arguments, make_data, make_plain_trainer, make_trainer, same, weights
-from transformers import TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 
 from tcsp_hf import TCSPError, TCSPTrainer
 from tcsp_hf.calibration import calibrate
@@ -192,17 +192,53 @@ def test_distillation_gradients(tmp_path: Path) -> None:
     assert trainer.compute_loss(small, batch).item() != pytest.approx(worse.item())
 
 
-def test_gradient_accumulation_is_the_mean(tmp_path: Path) -> None:
-    """8 x 1 and 4 x 2 give the same step: without dropout, on rows of one length."""
+@pytest.mark.parametrize("distillation", [0.9, 0.0])
+def test_gradient_accumulation_is_the_mean(distillation: float, tmp_path: Path) -> None:
+    """8 x 1 and 4 x 2 give the same step: without dropout, on rows of one length, and nothing hides its size."""
     found = []
     for batch_size, steps in ((8, 1), (4, 2)):
         trainer = make_plain_trainer(
-            tmp_path, max_steps=2, per_device_train_batch_size=batch_size, gradient_accumulation_steps=steps
+            tmp_path,
+            max_steps=2,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps,
+            distillation=distillation,
+            dropout=False,
+            optim="sgd",
+            max_grad_norm=0.0,
+            learning_rate=0.05,
         )
         trainer.train()
         found.append(weights(trainer.model))
     for name in found[0]:
-        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_accumulation_of_a_plain_trainer(tmp_path: Path) -> None:
+    """A compressed model is fine-tuned by transformers' own Trainer as well."""
+    rows, found = make_data(BERT, rows=8), []
+    for batch_size, steps in ((8, 1), (4, 2)):
+        args = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+            max_grad_norm=0.0,
+            learning_rate=0.05,
+            report_to="none",
+            use_cpu=True,
+            train_sampling_strategy="sequential",
+        )
+        model = make_small(BERT)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        collator = DataCollatorWithPadding(make_tokenizer())
+        Trainer(model, args, train_dataset=rows, data_collator=collator).train()
+        found.append(weights(model))
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-5)
 
 
 def test_everything_of_trainer(tmp_path: Path) -> None:

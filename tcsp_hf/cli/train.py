@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..architectures import dense_hidden_size
+from ..calibration.fingerprint import model_fingerprint
 from ..compression import removed_fraction
 from ..data.sources import SQUAD_SETS, first_rows, load_data
 from ..errors import TCSPError
@@ -17,6 +18,7 @@ from ..publish.card import write_card
 from ..publish.results import CardResults, Evaluation
 from ..tasks import TASKS, find_task, score
 from ..tasks.table import Task
+from ..train.checkpoint import digest_of_rows
 from ..train.distil import run_training, task_trainer
 from ..train.finetune import Schedule, choose_rows
 from ..train.models import load_dense
@@ -111,6 +113,10 @@ def train_command(
         raise TCSPError("Give --task, or --data with unlabelled text.")
     chosen = None if task is None else find_task(task)
     check_output_folder(output, overwrite)
+    if checkpoints is not None and output.resolve() in (checkpoints.resolve(), *checkpoints.resolve().parents):
+        raise TCSPError(
+            f"--checkpoints {checkpoints} is in --output {output}, which is written anew: name another one."
+        )
     rate = lr if lr is not None else (2e-4 if task is None else 5e-5)
     schedule = Schedule(epochs, rate, batch_size, max_length, seed=seed, bf16=bf16)
     bars = progress_of(quiet, as_json)
@@ -143,6 +149,16 @@ def train_command(
         "hidden_weight": hidden_weight,
         "dropout": dropout,
     }
+    run: dict[str, Any] | None = None
+    if checkpoints is not None:
+        run = {
+            "task": task,
+            "model": model_fingerprint(dense),
+            "student": None if started is None else model_fingerprint(started),
+            "rows": digest_of_rows(rows),
+            **options,
+            **asdict(schedule),
+        }
     with trained_folder(output, overwrite) as (staging, first):
         folder = staging / "trainer" if checkpoints is None else checkpoints
         saving: dict[str, Any] = {} if checkpoints is None else {"save_strategy": "epoch", "save_total_limit": 2}
@@ -159,7 +175,7 @@ def train_command(
             **options,
             **saving,
         )
-        small, took = run_training(trainer, resume=checkpoints is not None)
+        small, took = run_training(trainer, run)
         if not first:
             return
         if checkpoints is None and folder.is_dir() and not any(folder.iterdir()):

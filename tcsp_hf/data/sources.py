@@ -63,25 +63,35 @@ def load_data(name: str, split: str = "train") -> Any:
         return _read(path)
     if path.is_dir():
         return _from_folder(path, split)
-    local = os.environ.get("TCSP_DATA_DIR")
-    known = name in GLUE_TASKS or name in SQUAD_SETS
-    if local and known:
-        return _from_folder(Path(local) / (f"glue/{name}" if name in GLUE_TASKS else name), split)
-    if not known and "/" not in name:
+    if name in GLUE_TASKS or name in SQUAD_SETS:
+        return load_known(name, split)
+    if "/" not in name:
         raise TCSPError(
             f"There is no data {name!r}: name a file, a folder, {SAMPLE!r}, {MIX!r}, {TEXTS!r}, one of "
             f"{', '.join([*GLUE_TASKS, *SQUAD_SETS])}, or a dataset of the Hub as owner/name."
         )
+    repository, _, config = name.partition(":")
+    return _from_hub(name, repository, config or None, split)
+
+
+def load_known(name: str, split: str) -> Any:
+    """A GLUE task's or SQuAD's own data, whatever files of that name may lie about: TCSP_DATA_DIR's, or the Hub's.
+
+    Raises:
+        TCSPError: it cannot be read, or there is no such split.
+    """
+    local = os.environ.get("TCSP_DATA_DIR")
+    if local:
+        return _from_folder(Path(local) / (f"glue/{name}" if name in GLUE_TASKS else name), split)
+    repository, config = ("nyu-mll/glue", name) if name in GLUE_TASKS else (SQUAD_SETS[name], None)
+    return _from_hub(name, repository, config, split)
+
+
+def _from_hub(name: str, repository: str, config: str | None, split: str) -> Any:
     from datasets import load_dataset
 
-    if name in GLUE_TASKS:
-        repository, config = "nyu-mll/glue", name
-    elif name in SQUAD_SETS:
-        repository, config = SQUAD_SETS[name], None
-    else:
-        repository, _, config = name.partition(":")
     try:
-        return load_dataset(repository, config or None, split=split)
+        return load_dataset(repository, config, split=split)
     except Exception as error:  # the Hub client's errors are many; all mean "not readable"
         raise TCSPError(
             f"The dataset {name!r} (split {split!r}) could not be read from the Hub: {error}. A local copy can be "

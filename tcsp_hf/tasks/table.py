@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..data.sources import load_data
+from ..data.sources import load_data, load_known
 from ..errors import TCSPError
 
 CLASSIFICATION, SPANS, TEXT = "classification", "spans", "text"
@@ -68,7 +68,7 @@ class Task:
             TCSPError: no such split, missing columns, or hidden labels (GLUE's test splits).
         """
         name, split = source or self.name, split or self.splits[0]
-        data = load_data(name, split)
+        data = load_data(name, split) if source else load_known(name, split)
         target = "answers" if self.is_qa else "label"
         found = getattr(data, "column_names", None)
         missing = [column for column in (*self.columns, target) if found is None or column not in found]
@@ -79,7 +79,7 @@ class Task:
             )
         if len(data) == 0:
             raise TCSPError(f"The split {split!r} of {name!r} is empty.")
-        if self.labels and min(data["label"]) < 0:
+        if not self.is_qa and min(data["label"]) < 0:
             raise TCSPError(f"The labels of {name!r} (split {split!r}) are hidden: take {', '.join(self.splits)}.")
         if self.labels and max(data["label"]) >= len(self.labels):
             raise TCSPError(

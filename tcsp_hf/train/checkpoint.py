@@ -1,5 +1,6 @@
 """What a checkpoint of the trainer holds beside transformers' own files, and which checkpoint to resume from."""
 
+import hashlib
 import json
 import logging
 import os
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TCSPError
+from ..files import write_whole
 from .sites import SiteTargets
 
 logger = logging.getLogger("tcsp_hf")
 _RECORD, _TARGETS = "tcsp_trainer.json", "tcsp_trainer.safetensors"
 _STATE = "trainer_state.json"
+_RUN = "tcsp_run.json"
+_SHOWN = 256
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,44 @@ def last_complete(output_dir: str) -> Path | None:
             return folder
         logger.warning("%s is incomplete (the run was killed while writing it): it is passed over.", folder)
     return None
+
+
+def claim(folder: Path, run: dict[str, Any]) -> Path | None:
+    """Where a run that was killed goes on: the last complete checkpoint in its folder, None where there is none yet.
+
+    Args:
+        run: all that the trained weights depend on. It is kept in the folder, which from then on is this run's.
+
+    Raises:
+        TCSPError: the checkpoints there are of another run, or nothing says of which.
+    """
+    last, run = last_complete(str(folder)), json.loads(json.dumps(run))
+    if last is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / _RUN, json.dumps(run, indent=2) + "\n")
+        return None
+    try:
+        found = dict(json.loads((folder / _RUN).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise TCSPError(
+            f"{folder} holds checkpoints, but {_RUN}, which says of which run, is missing or damaged ({error}): name "
+            "another folder."
+        ) from error
+    for name, value in run.items():
+        if found.get(name) != value:
+            raise TCSPError(
+                f"{folder} holds checkpoints of a run with {name}={found.get(name)!r}, but now {name} is {value!r}: go "
+                "on with the same value, or name another folder."
+            )
+    return last
+
+
+def digest_of_rows(rows: Any) -> str:
+    """Hash of how many rows there are and of at most 256 of them, evenly spread."""
+    count = len(rows)
+    shown = [rows[i] for i in range(0, count, max(1, count // _SHOWN))]
+    text = json.dumps([count, shown], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _step(path: Path) -> int:

@@ -9,10 +9,11 @@ from ..calibration import Calibration
 from ..calibration.inputs import TEXT_COLUMNS
 from ..compression import Search
 from ..errors import TCSPError
+from ..ranks import on_first_rank
 from ..tasks.features import make_collator, make_features
 from ..tasks.table import TEXT, Task, form_of
 from .arguments import TCSPSeq2SeqTrainingArguments, TCSPTrainingArguments
-from .checkpoint import last_complete
+from .checkpoint import claim
 from .finetune import Schedule, TrainingResult, quieten
 from .trainer import TCSPSeq2SeqTrainer, TCSPTrainer
 
@@ -94,13 +95,17 @@ def task_trainer(
     return trainer
 
 
-def run_training(trainer: Any, resume: bool = False) -> tuple[Any, TrainingResult]:
+def run_training(trainer: Any, run: dict[str, Any] | None = None) -> tuple[Any, TrainingResult]:
     """The compressed model with the last weights (no score selects them), and what it took.
 
     Args:
-        resume: go on from the last complete checkpoint in the trainer's folder, if there is one.
+        run: all that the weights depend on: go on from the last complete checkpoint in the trainer's folder, if there
+            is one. None starts anew.
+
+    Raises:
+        TCSPError: the checkpoints there are of another run.
     """
-    last = last_complete(str(trainer.args.output_dir)) if resume else None
+    last = None if run is None else on_first_rank(lambda: claim(Path(trainer.args.output_dir), run))
     took = TrainingResult.of_run(trainer, resume_from_checkpoint=None if last is None else str(last))
     trainer.model.eval()
     return trainer.model, took

@@ -83,9 +83,11 @@ class _StepClock(TrainerCallback):
 
     def __init__(self) -> None:
         self.took = NOTHING
+        self.before = 0
         self._clock = Clock()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = state.global_step
         self._clock = Clock()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -100,12 +102,14 @@ class TrainingResult:
         whole: in all, calibration and compression included where they were part of it.
         training: the steps alone.
         steps, rows: how many.
+        timed_steps: those of this process; the others were done before it went on from a checkpoint.
         loss: mean over the steps.
     """
 
     whole: Took
     training: Took
     steps: int
+    timed_steps: int
     rows: int
     loss: float
 
@@ -116,7 +120,8 @@ class TrainingResult:
         trainer.add_callback(steps)
         found = trainer.train(**arguments)
         data: Any = trainer.train_dataset
-        return cls(clock.read(), steps.took, found.global_step, len(data), found.training_loss)
+        done = found.global_step
+        return cls(clock.read(), steps.took, done, done - steps.before, len(data), found.training_loss)
 
     @property
     def seconds(self) -> float:

@@ -56,6 +56,7 @@ def load_for_task(
             if task.labels:
                 fields["id2label"] = dict(enumerate(task.labels))
                 fields["label2id"] = {label: i for i, label in enumerate(task.labels)}
+                fields["problem_type"] = "single_label_classification"  # a checkpoint of another task may say otherwise
             else:
                 fields["problem_type"] = "regression"
         loader: Any = {

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import shutil
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -89,8 +90,21 @@ class Row:
             TCSPError: the file is damaged, lacks a field, or holds an unknown or impossible one.
         """
         try:
-            found = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TCSPError(f"{path} cannot be read: {error}") from error
+        return cls.parse(path, text)
+
+    @classmethod
+    def parse(cls, path: Path, text: str) -> "Row":
+        """A row from the text of its file.
+
+        Raises:
+            TCSPError: see `read`.
+        """
+        try:
+            found = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
             raise TCSPError(f"{path} cannot be read: {error}") from error
         known = {field.name for field in dataclasses.fields(cls)} - {"name"}
         for name in found:
@@ -102,6 +116,8 @@ class Row:
             found["axes"] = tuple(found["axes"])
         row = cls(name=path.stem, **found)
         find_task(row.task)
+        if not row.axes or any(axis not in AXES for axis in row.axes):
+            raise TCSPError(f"{path}: axes is {list(row.axes)!r}; it must name some of {', '.join(AXES)}.")
         if row.mode not in MODES:
             raise TCSPError(f"{path}: mode is {row.mode!r}; allowed: {', '.join(MODES)}.")
         if not isinstance(row.remove, float) or not 0.0 < row.remove < 1.0:
@@ -141,6 +157,10 @@ class Row:
         text = json.dumps([self.fields()[name] for name in names])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    def work(self, results: Path) -> Path:
+        """Where the trainer keeps its checkpoints: another place for other settings under the same name."""
+        return results / "work" / f"{self.name}-{self.key(*self.fields())}"
+
     @property
     def dense_key(self) -> str:
         own = () if self.ready else ("dense_epochs", "dense_lr", "batch_size", "bf16", "train_samples", "form")
@@ -176,22 +196,18 @@ def write_grid(
     seeds: Iterable[int] = (0,),
     settings: Iterable[str] = (),
 ) -> list[Path]:
-    """A configuration file for every model, task, fraction, mode and seed; existing files stay as they are.
+    """A configuration file for every model, task, fraction, mode and seed; none is written unless all are valid.
 
     Args:
         settings: further fields for all of them, each as TOML (`"dense_epochs = 5"`).
 
     Raises:
-        TCSPError: an unknown task or mode.
+        TCSPError: a row that is not valid, two of one name, or one whose file is there with other settings.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    texts: dict[Path, str] = {}
     for model, task, remove, mode, seed in itertools.product(models, tasks, removes, modes, seeds):
-        find_task(task)
-        if mode not in MODES:
-            raise TCSPError(f"The mode {mode!r} is unknown; allowed: {', '.join(MODES)}.")
         short = model.rstrip("/").split("/")[-1]
-        path = folder / f"{short}-{task}-{round(100 * remove)}-{mode}{f'-seed{seed}' if seed else ''}.toml"
+        path = folder / f"{short}-{task}-{100 * remove:.6g}-{mode}{f'-seed{seed}' if seed else ''}.toml"
         lines = [
             f"model = {json.dumps(model)}",
             f'task = "{task}"',
@@ -200,9 +216,17 @@ def write_grid(
             f"seed = {seed}",
             *settings,
         ]
-        if not path.exists():
-            write_whole(path, "\n".join(lines) + "\n")
-            written.append(path)
+        if path in texts:
+            raise TCSPError(f"Two rows would be called {path.stem}: give them one after the other, in two folders.")
+        texts[path] = "\n".join(lines) + "\n"
+    for path, text in texts.items():
+        row = Row.parse(path, text)
+        if path.exists() and Row.read(path) != row:
+            raise TCSPError(f"{path} is there with other settings: remove it, or name another folder for these rows.")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [path for path in texts if not path.exists()]
+    for path in written:
+        write_whole(path, texts[path])
     return written
 
 
@@ -287,7 +311,7 @@ def run_row(
     else:
         dense, tokenizer = load_model(folder), load_tokenizer(folder)
         small, spent = _compressed(row, task, data, dense, tokenizer, results, quiet, shared or Shared())
-    took = None
+    took, work = None, row.work(results)
     if row.mode != "retraining-free":
         trainer = task_trainer(
             dense,
@@ -295,7 +319,7 @@ def run_row(
             task,
             data,
             row.schedule(dense=small is None),
-            results / "work" / row.name,
+            work,
             quiet=quiet,
             student=small,
             untrained=small is None,
@@ -304,7 +328,7 @@ def run_row(
             **row.teaching(),
             **(row.cut() if small is None else {}),
         )
-        small, took = run_training(trainer, resume=True)
+        small, took = run_training(trainer, row.fields())
         spent += took.whole
     result = {
         "row": row.fields(),
@@ -321,9 +345,11 @@ def run_row(
         "training_seconds": None if took is None else round(took.training.wall, 3),
         "training_processor_seconds": None if took is None else took.training.processor,
         "steps": 0 if took is None else took.steps,
+        "timed_steps": 0 if took is None else took.timed_steps,
         "threads": torch.get_num_threads(),
     }
     write_whole(path, json.dumps(result, indent=2) + "\n")
+    shutil.rmtree(work, ignore_errors=True)
     return result
 
 
@@ -370,7 +396,7 @@ def _compressed(
             task,
             data,
             row.schedule(),
-            results / "work" / row.name,
+            row.work(results),
             quiet=quiet,
             calibration=shared.calibration,
             search=shared.search,

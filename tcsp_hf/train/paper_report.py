@@ -27,7 +27,7 @@ class Group:
         metric: the task's headline.
         removed: mean of what was really removed.
         dense, scores: one for every seed, in points (hundredths; SQuAD's metrics are in points already).
-        seconds: mean of calibration, search, refit and training.
+        seconds: mean of calibration, search, refit and training; None where one went on from a checkpoint.
         dense_seconds: mean of the dense model's training; None where it came trained.
         step: time of a training step, as a fraction of the dense model's; None where either was not trained.
     """
@@ -40,7 +40,7 @@ class Group:
     removed: float
     dense: tuple[float, ...]
     scores: tuple[float, ...]
-    seconds: float
+    seconds: float | None
     dense_seconds: float | None
     step: float | None
 
@@ -52,12 +52,14 @@ class Group:
 
 def groups_of(results: list[dict[str, Any]]) -> list[Group]:
     """Results by model, task, fraction and mode."""
-    found: dict[tuple[str, str, float, str], list[dict[str, Any]]] = {}
+    found: dict[tuple[str, str, float, str, str], list[dict[str, Any]]] = {}
+    common = set.intersection(*(set(result["row"]) for result in results)) - {"name", "seed"}  # some may be older
     for result in results:
         row = result["row"]
-        found.setdefault((row["model"], row["task"], row["remove"], row["mode"]), []).append(result)
+        others = json.dumps([row[name] for name in sorted(common)])
+        found.setdefault((row["model"], row["task"], row["remove"], row["mode"], others), []).append(result)
     groups = []
-    for (model, task, remove, mode), members in sorted(found.items()):
+    for (model, task, remove, mode, _), members in sorted(found.items()):
         percent = 1.0 if find_task(task).is_qa else 100.0
         name = members[0]["headline"]
         groups.append(
@@ -70,7 +72,7 @@ def groups_of(results: list[dict[str, Any]]) -> list[Group]:
                 statistics.mean(member["removed"] for member in members),
                 tuple(percent * member["dense"][name] for member in members),
                 tuple(percent * member["scores"][name] for member in members),
-                statistics.mean(_seconds(member, "seconds") or 0.0 for member in members),
+                _mean([_seconds(member, "seconds") for member in members]),
                 _mean([_seconds(member, "dense_seconds") for member in members]),
                 _mean([_step(member) for member in members]),
             )
@@ -85,18 +87,25 @@ def _mean(values: list[float | None]) -> float | None:
 
 def _step(result: dict[str, Any]) -> float | None:
     """A training step's time over the dense model's: the processor's, where it was measured."""
-    if not result["steps"] or not result["dense_steps"]:
+    steps = result.get("timed_steps", result["steps"])
+    if not steps or not result["dense_steps"]:
         return None
     own, dense = result.get("training_processor_seconds"), result.get("dense_processor_seconds")
     if own is None or dense is None:
         own, dense = result["training_seconds"], result["dense_seconds"]
-    return (own / result["steps"]) / (dense / result["dense_steps"])
+    return (own / steps) / (dense / result["dense_steps"])
 
 
 def _seconds(result: dict[str, Any], name: str) -> float | None:
     """The processor's own seconds where they were measured, otherwise those of the clock."""
+    if name == "seconds" and result.get("timed_steps", result["steps"]) != result["steps"]:
+        return None
     own = result.get(name.replace("seconds", "processor_seconds"))
     return result[name] if own is None else own
+
+
+def _whole(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.0f}"
 
 
 def summary(groups: list[Group]) -> list[dict[str, Any]]:
@@ -158,8 +167,8 @@ def report(results: list[dict[str, Any]], folder: Path) -> Path:
         name = group.model.rstrip("/").split("/")[-1]
         lines.append(
             f"| {name} | {group.task} | {group.metric} | {group.removed:.1%} | {group.mode} | {len(group.scores)} | "
-            f"{_with_spread(group.dense)} | {_with_spread(group.scores)} | {-group.drop:+.2f} | {group.seconds:.0f} | "
-            f"{'-' if group.dense_seconds is None else f'{group.dense_seconds:.0f}'} | "
+            f"{_with_spread(group.dense)} | {_with_spread(group.scores)} | {-group.drop:+.2f} | "
+            f"{_whole(group.seconds)} | {_whole(group.dense_seconds)} | "
             f"{'-' if group.step is None else f'{group.step:.2f}'} |"
         )
     lines += [

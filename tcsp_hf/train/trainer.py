@@ -93,6 +93,7 @@ class _CompressingTrainer(Trainer):
                     "An optimizer of the dense model was given, but training makes a new, compressed model: give "
                     "optimizer_cls_and_kwargs instead."
                 )
+        self.model_accepts_loss_kwargs = False  # its losses are means over a batch: steps that add up must be averaged
         if teacher is not None and is_compressed(teacher):
             raise TCSPError("teacher is a compressed model; it must be the dense one.")
         if args.n_gpu > 1 and args.distillation and args.hidden_weight:
@@ -317,6 +318,7 @@ class _CompressingTrainer(Trainer):
 
     def _prepare_distiller(self, small: Any, teacher: Any) -> None:
         self._distiller = None
+        self.loss_is_scaled_for_ga = None  # transformers decides
         if teacher is None or not self.args.distillation:
             return
         teacher = _plain(teacher)
@@ -339,7 +341,7 @@ class _CompressingTrainer(Trainer):
                 targets = on_first_rank(lambda: SiteTargets.solve(sums))
             distiller.targets = targets.to(self.args.device)
         self._distiller = distiller
-        self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch
+        self.loss_is_scaled_for_ga = False  # a mean over the batch, whatever the labels' part comes from
 
     def _site_sums(self, distiller: Distiller, small: Any) -> SiteSums:
         rows = self._calibration_rows()
