@@ -40,6 +40,21 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool) -> Path:
     return folder
 
 
+def check_output_file(path: Path, option: str, suffixes: tuple[str, ...] = ()) -> None:
+    """Refuse, before any long work, a file that is there already or that cannot be written.
+
+    Raises:
+        TCSPError: so it is; or the name ends with none of the suffixes.
+    """
+    if path.exists():
+        raise TCSPError(f"{option}: {path} exists: name another file.")
+    parent = path.absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise TCSPError(f"{option}: {path} cannot be written: {parent} is not a writable folder.")
+    if suffixes and path.suffix not in suffixes:
+        raise TCSPError(f"{option} is {path}; its name must end with one of {', '.join(suffixes)}.")
+
+
 @contextmanager
 def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of `path` when the block ends without an exception.

@@ -10,6 +10,9 @@ from .compression.subspace import spectrum
 from .errors import TCSPError
 from .evaluation.latency import GridPoint
 
+PICTURES = (".png", ".svg", ".pdf")
+"""What a picture's file name may end with."""
+
 
 def require_matplotlib() -> Any:
     """matplotlib's pyplot without a display.

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from common import find, make_dense, make_tokenizer
+from common import find, make_dense, make_rows, make_tokenizer
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-from tcsp_hf import TCSPBertForSequenceClassification, TCSPConfig, TCSPError
+from tcsp_hf import TCSPBertForSequenceClassification, TCSPConfig, TCSPError, calibrate
 from tcsp_hf.cli import main
 from tcsp_hf.cli.main import app
 from tcsp_hf.data.sources import load_data
 from tcsp_hf.errors import ends_a_command, message_of
-from tcsp_hf.loading import load_tokenizer
+from tcsp_hf.loading import demo_model_path, load_tokenizer, resolve_name
 
 BERT = find("bert-ForSequenceClassification")
 ENCODER = find("bert-Model")
@@ -111,6 +111,42 @@ def test_refusals_come_before_any_work(dense: Path, texts: Path, tmp_path: Path)
         tcsp("calibrate", dense, "--data", texts, "-o", tmp_path / "x", "--dtype", "int8")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     assert (full / "mine.txt").read_text() == "keep"
+
+
+def test_impossible_cuts_are_refused_before_calibration(
+    dense: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("compress", "demo"):
+        monkeypatch.setattr(f"tcsp_hf.cli.{name}.calibrate", lambda *args, **kwargs: pytest.fail("calibrated"))
+    told = ("compress", dense, "--data", texts, "-o", tmp_path / "x")
+    for more, match in (
+        (("--remove", 44), "remove is 44"),
+        (("--hidden-size", 9999), "from 1 to 32"),
+        (("--remove", 0.4, "--axes", "filter"), "axes is"),
+        (("--remove", 0.4, "--subspace", "balancd"), "subspace is 'balancd'"),
+        (("--remove", 0.4, "--device", "gpu"), "device is 'gpu'"),
+    ):
+        with pytest.raises(TCSPError, match=match):
+            tcsp(*told, *more)
+    with pytest.raises(TCSPError, match="has a head"):
+        tcsp("demo", "--model", dense, "-o", tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_comes_before_the_copy_of_that_name(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_name("all-MiniLM-L6-v2") == demo_model_path()
+    (tmp_path / "all-MiniLM-L6-v2").mkdir()
+    assert resolve_name("all-MiniLM-L6-v2") == "all-MiniLM-L6-v2"
+
+
+def test_statistics_of_another_width(dense: Path, tmp_path: Path) -> None:
+    other = make_dense(BERT, torch.float32, 0, hidden_size=16, num_attention_heads=2)
+    calibrate(other, make_rows(BERT, 8), progress=False).save(tmp_path / "stats")
+    with pytest.raises(TCSPError, match="hidden size 16"):
+        tcsp("inspect", dense, "--stats", tmp_path / "stats")
 
 
 def test_errors_are_one_line_and_status_two(

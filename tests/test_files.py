@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from tcsp_hf import TCSPError
-from tcsp_hf.files import check_output_folder, new_folder
+from tcsp_hf.files import check_output_file, check_output_folder, new_folder
 
 
 def everything(folder) -> dict[str, str]:
@@ -47,6 +47,25 @@ def test_a_failure_leaves_nothing_behind(tmp_path, failure, existing):
         (staging / "half.txt").write_text("half")
         raise failure("stop")
     assert everything(tmp_path) == before
+
+
+def test_a_folder_that_is_filled_meanwhile_is_left_alone(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(TCSPError, match="the result is in") as stop, new_folder(target) as staging:
+        (staging / "mine.txt").write_text("mine")
+        target.mkdir()
+        (target / "theirs.txt").write_text("theirs")
+    assert everything(target) == {"theirs.txt": "theirs"}
+    aside = str(stop.value).rpartition("the result is in ")[2].rstrip(".")
+    assert (tmp_path / aside / "mine.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_files_that_cannot_be_written(tmp_path):
+    (tmp_path / "old.png").write_text("old")
+    for name, said in (("old.png", "exists"), ("none/x.png", "not a writable folder"), ("x.foo", r"\.png, \.svg")):
+        with pytest.raises(TCSPError, match=said):
+            check_output_file(tmp_path / name, "--plot", (".png", ".svg"))
+    check_output_file(tmp_path / "new.png", "--plot", (".png", ".svg"))
 
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path):

@@ -288,6 +288,15 @@ def test_finetune_train_evaluate(
     # a run whose checkpoints are there goes on from them: nothing is left to train
     resumed = json.loads(tcsp(*arguments, "--checkpoints", tmp_path / "run", "--overwrite"))
     assert resumed["scores"] == found["scores"]
+    for option, value, match in (
+        ("--lr", 1e-3, "learning_rate=5e-05"),
+        ("--train-samples", 24, "rows="),
+        ("-o", tmp_path / "run", "name"),
+    ):
+        told = [*arguments, "--overwrite", "--checkpoints", tmp_path / "run", option, value]
+        with pytest.raises(TCSPError, match=match):
+            tcsp(*told)
+    assert (small / "model.safetensors").is_file()
     further = ("train", "--model", dense, "--task", task, "--max-length", 30, "--epochs", 1, "--json", "--student")
     found = json.loads(tcsp(*further, small, "-o", tmp_path / "further"))
     assert found["removed"] == pytest.approx(json.loads((small / "results.json").read_text())["removed"])
@@ -313,6 +322,34 @@ def test_finetune_train_evaluate(
     make_tokenizer().save_pretrained(tmp_path / "other")
     with pytest.raises(TCSPError, match=r"7 outputs|cannot answer"):
         tcsp(*taught, "--teacher", tmp_path / "other", "--model", small, "-o", tmp_path / "none")
+
+
+def test_a_regression_model_learns_classes(
+    data: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TCSP_DATA_DIR", str(data))
+    common = ("--epochs", 1, "--train-samples", 24, "--eval-samples", 12, "--json")
+    tcsp("finetune", "--model", base, "--task", "stsb", "-o", tmp_path / "sts", *common)
+    found = json.loads(
+        tcsp("finetune", "--model", tmp_path / "sts", "--task", "mrpc", "-o", tmp_path / "mrpc", *common)
+    )
+    assert 0.0 <= found["scores"]["accuracy"] <= 1.0
+    # a folder that is called like the task is no data of it
+    monkeypatch.chdir(tmp_path)
+    assert (
+        json.loads(tcsp("evaluate", "mrpc", "--task", "mrpc", "--samples", 12, "--json"))["scores"] == found["scores"]
+    )
+    tcsp("train", "--model", "mrpc", "--task", "mrpc", "-o", "small", "--hidden-size", 16, *common)
+    assert "nyu-mll/glue mrpc, first 12 rows" in (tmp_path / "small" / "README.md").read_text()
+
+
+def test_hidden_labels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "glue" / "stsb"
+    folder.mkdir(parents=True)
+    (folder / "test.json").write_text('{"sentence1": "a", "sentence2": "b", "label": -1.0}\n' * 2)
+    monkeypatch.setenv("TCSP_DATA_DIR", str(tmp_path))
+    with pytest.raises(TCSPError, match="hidden"):
+        TASKS["stsb"].load("test")
 
 
 @pytest.mark.slow

@@ -296,6 +296,16 @@ def test_hidden_size_search_through_model_init(tmp_path: Path) -> None:
         assert trainer.model.config.hidden_size == width
 
 
+def test_model_init_and_rows_without_labels(tmp_path: Path) -> None:
+    """The model is dense anew each time, so that there is one to learn from."""
+    trainer = make_trainer(
+        BERT, tmp_path, _model_init=lambda: make_dense(BERT, torch.float32), labelled=False, max_steps=1
+    )
+    for _ in range(2):
+        trainer.train()
+        assert trainer.model.config.hidden_size == 16
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
 def test_peft_on_a_compressed_model(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
@@ -512,6 +522,8 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
         ({"remove": 0.4}, "give one of them"),
         ({"hidden_size": None, "remove": 1.5}, "between 0 and 1"),
         ({"hidden_size": 0}, "positive integer"),
+        ({"hidden_size": 99}, "from 1 to 32"),
+        ({"hidden_size": None, "remove": 0.4, "axes": ["filter"]}, "axes is"),
         ({"calibration_samples": 0}, "positive integer"),
         ({"distillation": 1.5}, "from 0 to 1"),
         ({"temperature": 0.0}, "above 0"),

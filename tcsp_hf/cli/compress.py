@@ -8,6 +8,7 @@ import typer
 
 from ..calibration import Calibration, calibrate
 from ..compression import compress, count_parameters, removed_fraction, size_table
+from ..compression.request import check_request
 from ..data.sources import SAMPLE, load_data
 from ..errors import TCSPError
 from ..export.sentence_transformer import load_source, require_encoder, save_sentence_transformer
@@ -112,6 +113,21 @@ def compress_command(
     dense = load_model(model, dtype, device, offload)
     if sentence_transformer:
         require_encoder(dense)
+    options: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "energy": energy,
+        "remove": remove,
+        "flops": flops,
+        "latency": latency,
+        "axes": None if axes is None else tuple(axis.strip() for axis in axes.split(",")),
+        "projection": projection,
+        "subspace": subspace,
+        "refit": refit,
+        "uniform": uniform,
+        "multiple_of": multiple_of,
+    }
+    if found is None:
+        check_request(dense, **options)
     tokenizer = load_tokenizer(model)
     if found is None:
         found = calibrate(
@@ -123,22 +139,7 @@ def compress_command(
             fisher=subspace == "balanced",
             progress=progress_of(quiet, as_json),
         )
-    small: Any = compress(
-        dense,
-        found,
-        hidden_size=hidden_size,
-        energy=energy,
-        remove=remove,
-        flops=flops,
-        latency=latency,
-        axes=None if axes is None else tuple(axis.strip() for axis in axes.split(",")),
-        projection=projection,
-        subspace=subspace,
-        refit=refit,
-        uniform=uniform,
-        multiple_of=multiple_of,
-        progress=progress_of(quiet, as_json),
-    )
+    small: Any = compress(dense, found, **options, progress=progress_of(quiet, as_json))
     if small.doubt is not None and not force:
         raise TCSPError(f"{small.doubt} Nothing was saved; --force saves it all the same.")
     small.doubt = None

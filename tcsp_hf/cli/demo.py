@@ -11,9 +11,11 @@ from transformers import AutoModel, PreTrainedModel
 
 from ..calibration import calibrate
 from ..compression import compress, count_parameters, removed_fraction
+from ..compression.request import check_request
 from ..data import SquadSample, load_squad_sample
 from ..evaluation.embeddings import embed, recall_at
 from ..evaluation.latency import compare_latency
+from ..export.sentence_transformer import require_encoder
 from ..files import check_output_folder, new_folder
 from ..loading import DEMO_MODEL, demo_model_path, load_model, load_tokenizer
 from ..plots import demo_picture, pictures_possible
@@ -67,6 +69,8 @@ def demo_command(
     name = model if model is not None else demo_model_path()
     sample = load_squad_sample()
     dense = load_model(name)
+    require_encoder(dense)
+    check_request(dense, remove=remove)
     tokenizer = load_tokenizer(name)
     bars = progress_of(quiet, as_json)
     texts = [sentence for text in sample.calibration[:paragraphs] for sentence in _sentences(text)]

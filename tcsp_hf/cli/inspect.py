@@ -8,12 +8,13 @@ import transformers
 import typer
 from transformers import AutoConfig
 
+from ..architectures import dense_hidden_size
 from ..calibration import Calibration
 from ..compression.compress import width_table
 from ..compression.subspace import spectrum
 from ..configuration_tcsp import TCSPConfig
 from ..errors import TCSPError
-from ..loading import model_class
+from ..loading import model_class, resolve_name
 from .common import JsonOption, ModelArgument, print_json, print_table
 
 
@@ -28,6 +29,7 @@ def inspect_command(
 
     Reads the configuration only; no weights are loaded.
     """
+    model = resolve_name(model)
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -75,6 +77,11 @@ def _inspect_dense(model: str, config: Any, stats: Path | None, as_json: bool) -
     energies: dict[int, tuple[float, float]] = {}
     if stats is not None:
         found = Calibration.load(stats)
+        if found.hidden_size != dense_hidden_size(dense):
+            raise TCSPError(
+                f"--stats {stats} are of a model with hidden size {found.hidden_size}, but {model!r} has "
+                f"{dense_hidden_size(dense)}: give statistics of this model."
+            )
         shares = []
         for site in found.sites.values():
             values = spectrum("pca", site.second_moment, None, 1.0).values

@@ -121,8 +121,8 @@ def train_command(
     schedule = Schedule(epochs, rate, batch_size, max_length, seed=seed, bf16=bf16)
     bars = progress_of(quiet, as_json)
     rows: Any = load_data(str(data), train_split) if chosen is None else chosen.load(train_split, data)
-    if isinstance(rows, list):
-        rows = rows[:train_samples]
+    if isinstance(rows, list) and "+" in str(data):
+        rows = rows[:train_samples]  # in turn of each source
     rows = choose_rows(rows, train_samples, seed)
     held_out = None if chosen is None else first_rows(chosen.load(eval_split, data), eval_samples)
     name = resolve_name(model)
@@ -194,6 +194,7 @@ def train_command(
             "train_split": train_split,
             "train_rows": len(rows),
             "eval_split": None if chosen is None else eval_split or chosen.splits[0],
+            "eval_rows": None if held_out is None else len(held_out),
             "student": student,
             "removed": removed_fraction(dense, small),
             **options,
@@ -204,7 +205,10 @@ def train_command(
             "train_loss": took.loss,
         }
         (staging / "results.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        measured = () if chosen is None or data is not None else evaluations_of(chosen, summary["eval_split"], scores)
+        measured: tuple[Evaluation, ...] = ()
+        if chosen is not None and data is None:
+            part = None if eval_samples is None or held_out is None else len(held_out)
+            measured = evaluations_of(chosen, summary["eval_split"], scores, part)
         shown = CardResults(command=command_line(context), evaluations=measured)
         write_card(staging, shown, name=output.resolve().name)
     if as_json:
@@ -220,11 +224,18 @@ def train_command(
     print_table(f"{model}: {summary['removed']:.1%} removed -> {output}", ["", *scores], table, note)
 
 
-def evaluations_of(task: Task, split: str, scores: dict[str, dict[str, float]]) -> tuple[Evaluation, ...]:
-    """As a model card has them, of the task's own data."""
+def evaluations_of(
+    task: Task, split: str, scores: dict[str, dict[str, float]], part: int | None = None
+) -> tuple[Evaluation, ...]:
+    """As a model card has them, of the task's own data.
+
+    Args:
+        part: so many first rows of the split; all when None.
+    """
     kind = "question-answering" if task.is_qa else "text-classification"
     data, config = (SQUAD_SETS[task.name], None) if task.is_qa else ("nyu-mll/glue", task.name)
+    title = None if part is None else f"{data}{f' {config}' if config else ''}, first {part:,} rows"
     return tuple(
-        Evaluation(kind, data, split, name, value, scores.get("dense", {}).get(name), config=config)
+        Evaluation(kind, data, split, name, value, scores.get("dense", {}).get(name), config=config, name=title)
         for name, value in scores["compressed"].items()
     )

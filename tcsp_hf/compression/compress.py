@@ -91,22 +91,27 @@ def compress(
     """
     family, head = family_of(model)
     check_statistics(model, stats)
-    budgets = {
-        "hidden_size": hidden_size,
-        "energy": energy,
-        "remove": remove,
-        "flops": flops,
-        "latency": latency,
-    }
-    full = dense_hidden_size(model)
     request = check_request(
-        family, full, stats, budgets, axes, projection, subspace, refit, uniform, epsilon, multiple_of
+        model,
+        hidden_size=hidden_size,
+        energy=energy,
+        remove=remove,
+        flops=flops,
+        latency=latency,
+        axes=axes,
+        projection=projection,
+        subspace=subspace,
+        refit=refit,
+        uniform=uniform,
+        epsilon=epsilon,
+        multiple_of=multiple_of,
+        has_sample=stats.sample.tokens > 0,
     )
     with evaluating(model):
         small = _smaller(model, stats, family, head, request, search or Search(), progress)
     options = small.config.projection["options"]
     predicted, measured = options.get("predicted_kl"), options.get("measured_kl")
-    size = full if objective_name(model, stats).startswith("embedding") else None
+    size = dense_hidden_size(model) if objective_name(model, stats).startswith("embedding") else None
     small.doubt = doubt_about(predicted, measured, size)
     if small.doubt is not None:
         logger.warning("%s", small.doubt)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..architectures import sites_of
+from ..architectures import dense_hidden_size, family_of, sites_of
 from ..calibration import Calibration
 from ..calibration.fingerprint import model_fingerprint
 from ..configuration_tcsp import PROJECTION_KINDS, SUBSPACES
@@ -46,24 +46,34 @@ class Request:
 
 
 def check_request(
-    family: str,
-    full: int,
-    stats: Calibration,
-    budgets: dict[str, Any],
-    axes: Sequence[str] | None,
-    projection: str | None,
-    subspace: str,
-    refit: bool | None,
-    uniform: bool,
-    epsilon: Any,
-    multiple_of: Any,
+    model: PreTrainedModel,
+    *,
+    hidden_size: int | None = None,
+    energy: float | None = None,
+    remove: float | None = None,
+    flops: float | None = None,
+    latency: float | None = None,
+    axes: Sequence[str] | None = None,
+    projection: str | None = None,
+    subspace: str = "balanced",
+    refit: bool | None = None,
+    uniform: bool = False,
+    epsilon: Any = 0.3,
+    multiple_of: Any = 8,
+    has_sample: bool = True,
 ) -> Request:
-    """Settle what was left open.
+    """Settle what was left open. Needs no statistics, so that nothing is collected for what cannot be.
+
+    Args:
+        model: the dense model; the other arguments are `compress`'s.
+        has_sample: whether the statistics hold, or will hold, a token sample.
 
     Raises:
         TCSPError: whatever is wrong, with its value and the remedy.
     """
-    kind = DEFAULT_KIND[family] if projection is None else projection
+    full = dense_hidden_size(model)
+    budgets = {"hidden_size": hidden_size, "energy": energy, "remove": remove, "flops": flops, "latency": latency}
+    kind = DEFAULT_KIND[family_of(model)[0]] if projection is None else projection
     _check_choice("projection", kind, PROJECTION_KINDS)
     _check_choice("subspace", subspace, SUBSPACES)
     _check_budgets(full, budgets)
@@ -72,7 +82,6 @@ def check_request(
     if not isinstance(epsilon, (int, float)) or isinstance(epsilon, bool) or not 0.0 < epsilon < float("inf"):
         raise TCSPError(f"epsilon is {epsilon!r}; it must be a positive number.")
     searched = any(budgets[name] is not None for name in SEARCHED)
-    has_sample = stats.sample.tokens > 0
     chosen = _check_axes(axes, searched, refit, has_sample)
     needed = chosen != ("hidden",)
     if refit is False and needed:
@@ -81,7 +90,11 @@ def check_request(
         raise TCSPError("The refit needs a token sample in the statistics: calibrate with sample_tokens > 0.")
     unchanged = budgets["hidden_size"] == full or budgets["energy"] == 1.0
     return Request(
-        **budgets,
+        hidden_size=hidden_size,
+        energy=energy,
+        remove=remove,
+        flops=flops,
+        latency=latency,
         axes=chosen,
         kind=kind,
         subspace=subspace,

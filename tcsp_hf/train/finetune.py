@@ -1,5 +1,6 @@
 """Fine-tunes a model on a task with transformers' Trainer, and keeps the last weights: no selection on any score."""
 
+import random
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,8 @@ def choose_rows(data: Any, count: int | None, seed: int) -> Any:
     """At most `count` rows, drawn without replacement."""
     if count is None or count >= len(data):
         return data
+    if isinstance(data, list):
+        return random.Random(seed).sample(data, count)
     return data.shuffle(seed=seed).select(range(count))
 
 

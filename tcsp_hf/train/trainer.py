@@ -19,6 +19,7 @@ from ..calibration import Calibration, calibrate
 from ..calibration.fingerprint import model_fingerprint
 from ..compression import Search, compress, removed_fraction
 from ..compression.body import compress_body, has_body, new_head
+from ..compression.request import check_request
 from ..errors import TCSPError
 from ..loading import load_model
 from ..ranks import on_every_rank, on_first_rank, rank_and_size
@@ -84,10 +85,14 @@ class _CompressingTrainer(Trainer):
         self._starting = False
         self._silenced: Silenced | None = None
         super().__init__(model, args, *more, **kwargs)
-        if not is_compressed(self.model):
+        self._made_dense = not is_compressed(self.model)
+        self._made_head = new_head(_plain(self.model)) if self._made_dense else None
+        if self._made_dense:
             family_of(_plain(self.model))
             if args.remove is None and args.hidden_size is None and self.model_init is None:
                 raise TCSPError("The model is dense, so a budget is needed: give remove= or hidden_size=.")
+            if args.remove is not None or args.hidden_size is not None:
+                check_request(_plain(self.model), remove=args.remove, hidden_size=args.hidden_size, axes=args.axes)
             if self.optimizer is not None:
                 raise TCSPError(
                     "An optimizer of the dense model was given, but training makes a new, compressed model: give "
@@ -394,8 +399,12 @@ class _CompressingTrainer(Trainer):
         """Raise TCSPError where the data has no labels and there is no teacher."""
         batch = self._first_batch("train_dataset", self.train_dataset)
         labelled = any(batch.get(name) is not None for name in self.label_names)
-        head = None if is_compressed(self.model) else new_head(_plain(self.model))
-        own = head is None and not is_compressed(self.model)
+        if self.model_init is not None:  # makes another one like the first
+            dense, head = self._made_dense, self._made_head
+        else:
+            dense = not is_compressed(self.model)
+            head = new_head(_plain(self.model)) if dense else None
+        own = head is None and dense
         taught = self.args.distillation > 0 and (self.teacher is not None or own)
         if not labelled and not taught:
             new = "" if head is None else f" (the bias of its {head} is zero, as that of one that was never trained)"

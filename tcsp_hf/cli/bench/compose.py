@@ -14,7 +14,7 @@ from ...evaluation.comparison import Comparison
 from ...evaluation.compose import WAYS, adapt, choose_ways, compare_ways
 from ...evaluation.latency import random_inputs
 from ...evaluation.scoring import Classification
-from ...files import write_whole
+from ...files import check_output_file, write_whole
 from ...loading import load_model
 from ...publish.results import CardResults, Evaluation, Latency
 from ...tasks.table import find_task
@@ -53,8 +53,8 @@ def compose_command(
 
     Example: tcsp bench compose --model small/ --dense my-org/my-classifier --task sst2 --lora-samples 2000
     """
-    if card_results is not None and card_results.exists():
-        raise TCSPError(f"{card_results} exists: name another file.")
+    if card_results is not None:
+        check_output_file(card_results, "--card-results")
     chosen = choose_ways(None if ways is None else names_of(ways))
     if lora_samples and find_spec("peft") is None:
         raise TCSPError("LoRA needs peft: pip install 'tcsp_hf[peft]'.")
@@ -84,7 +84,7 @@ def compose_command(
     result |= {"removed": removed_fraction(bench.dense, small), "threads": torch.get_num_threads(), "rows": rows}
     result["lora"] = facts if facts is None else {"rows": lora_samples, "lr": lr, **facts}
     if card_results is not None:
-        write_whole(card_results, _for_card(rows, task, bench.task.score_name, batch, length).to_json())
+        write_whole(card_results, _for_card(rows, task, bench.task, batch, length, eval_samples).to_json())
     if as_json:
         print_json(result)
         return
@@ -109,9 +109,12 @@ def compose_command(
     print_table(title, ["", "bytes", name, "KL to dense", "speed"], table, note)
 
 
-def _for_card(rows: list[dict[str, Any]], task: str, score: str, batch: int, length: int) -> CardResults:
-    """Score and latency of both models as they are."""
-    dense, small = rows[0], rows[1]
-    found = Evaluation("text-classification", "nyu-mll/glue", "validation", score, small[score], dense[score], task)
+def _for_card(
+    rows: list[dict[str, Any]], task: str, measured: Classification, batch: int, length: int, part: int | None
+) -> CardResults:
+    """Score and latency of both models as they are; part: so many first rows alone were asked for."""
+    (dense, small), score, data = rows[:2], measured.score_name, "nyu-mll/glue"
+    name = None if part is None else f"{data} {task}, first {measured.items:,} rows"
+    found = Evaluation("text-classification", data, "validation", score, small[score], dense[score], task, name)
     times = Latency(batch, length, dense["ms"], small["ms"])
     return CardResults(evaluations=(found,), latency=(times,), machine=this_machine())

@@ -38,9 +38,9 @@ from ...evaluation.latency_models import (
     sizes_like,
 )
 from ...evaluation.latency_report import as_rows, columns, heads, markdown, missed, row
-from ...files import check_output_folder, new_folder
+from ...files import check_output_file, check_output_folder, new_folder
 from ...loading import DTYPES, load_model
-from ...plots import latency_picture, pictures_possible, require_matplotlib
+from ...plots import PICTURES, latency_picture, pictures_possible, require_matplotlib
 from ..common import (
     ClockOption,
     DeviceOption,
@@ -189,8 +189,7 @@ def latency_command(
     points = [(b, n) for b in _integers("--batches", batches) for n in _integers("--lengths", lengths)]
     if plot is not None:
         require_matplotlib()
-        if plot.exists():
-            raise TCSPError(f"{plot} exists: name another file.")
+        check_output_file(plot, "--plot", PICTURES)
     if output is not None:
         check_output_folder(output, False)
     if "onnx" in names and device != "cpu":
@@ -245,14 +244,14 @@ def latency_command(
         "bytes, dense over compressed: " + ", ".join(f"{key} {value:.2f}" for key, value in ratios.items()),
         *(f"short of the bar: {text}" for text in short),
     ]
-    if plot is not None:
-        latency_picture(plot, grid, title)
     if output is not None:
         with new_folder(output) as folder:
             (folder / "grid.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             (folder / "grid.md").write_text(markdown(title, grid, notes), encoding="utf-8")
             if pictures_possible():
                 latency_picture(folder / "grid.png", grid, title)
+    if plot is not None:
+        latency_picture(plot, grid, title)
     if as_json:
         print_json(report)
     else:

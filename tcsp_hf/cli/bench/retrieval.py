@@ -13,7 +13,7 @@ from ...evaluation.embeddings import embed
 from ...evaluation.retrieval import RANKS, Encoder, Search, compare_search
 from ...evaluation.scoring import Similarity
 from ...export.sentence_transformer import load_source
-from ...files import write_whole
+from ...files import check_output_file, write_whole
 from ...loading import load_model, load_tokenizer, resolve_name
 from ...publish.results import CardResults, Evaluation
 from ..common import JsonOption, QuietOption, print_json, print_table, progress_of
@@ -81,8 +81,8 @@ def retrieval_command(
 
     Example: tcsp bench retrieval --model small-st/ --dense all-MiniLM-L6-v2 --sts-split test-labelled
     """
-    if card_results is not None and card_results.exists():
-        raise TCSPError(f"{card_results} exists: name another file.")
+    if card_results is not None:
+        check_output_file(card_results, "--card-results")
     bars = progress_of(quiet, as_json)
     search = Search.of(load_data(data, split), questions, seed)
     pairs = load_data("stsb", sts_split) if sts_split else None
