@@ -66,12 +66,17 @@ class TCSPPreTrainedMixin:
         return model
 
     @classmethod
-    def _saved_as(cls, path: Any = None, *args: Any, config: Any = None, **kwargs: Any) -> list[str]:
-        """The classes that a checkpoint names."""
+    def _saved_as(
+        cls, pretrained_model_name_or_path: Any = None, *args: Any, config: Any = None, **kwargs: Any
+    ) -> list[str]:
+        """The classes that a checkpoint names; none where the weights were given without one."""
+        path = pretrained_model_name_or_path if config is None else config
+        if path is None:
+            return []
         if not isinstance(config, PreTrainedConfig):  # the Auto classes hand it on
             names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
             chosen = {name: kwargs[name] for name in names if name in kwargs}
-            config = cls.config_class.from_pretrained(config or path, **chosen)  # type: ignore[attr-defined]
+            config = cls.config_class.from_pretrained(path, **chosen)  # type: ignore[attr-defined]
         return list(config.architectures or ())
 
     def save_pretrained(

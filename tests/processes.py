@@ -62,6 +62,9 @@ def _launch(arguments: list[str], folder: str, inherited: dict[str, str]) -> Non
 
 
 def _run(arguments: list[str]) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # the variable came too late for a process that is a copy
     sys.argv = arguments
     runpy.run_path(arguments[0], run_name="__main__")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import find, make_inputs, make_small
+from common import calibrated, find, make_dense, make_inputs, make_small
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
@@ -22,8 +22,9 @@ from test_save_load import CODE, other_auto_classes
 
 import tcsp_hf
 from tcsp_hf import TCSPError
-from tcsp_hf.publish import push
-from tcsp_hf.publish.push import plan_push
+from tcsp_hf.publish import CardResults, push, write_card
+from tcsp_hf.publish.checkpoint import read_checkpoint
+from tcsp_hf.publish.push import _plan, plan_push
 
 BERT, T5 = find("bert-ForSequenceClassification"), find("t5-ForConditionalGeneration")
 PART = 40_000
@@ -97,6 +98,8 @@ class Pushed:
         add("saved", self.bert, "me/saved", how="save", auto=auto)
         add("sharded", sharded, "me/sharded")
         add("whole", self.bert, "me/sharded")
+        add("grown", self.bert, "me/grown")
+        add("grown by shards", sharded, "me/grown", revision="v2")
         add("command", self.bert, "me/command", how="tcsp", words=["--private", "--json", "--token", hub.token])
         add("foreign", self.bert, "me/foreign")
         add("foreign by a new branch", self.bert, "me/foreign", revision="new")
@@ -133,10 +136,13 @@ def test_files_on_the_hub(pushed: Pushed) -> None:
         expected |= {"generation_config.json"} if family == "t5" else {"tcsp_results.json"}
         assert set(files) == expected
         for path in folder.iterdir():
-            assert files[path.name] == path.read_bytes(), path.name
+            if path.name != "README.md":  # under the repository's name
+                assert files[path.name] == path.read_bytes(), path.name
         config = json.loads(files["config.json"])
         assert config["auto_map"] == getattr(tcsp_hf, config["architectures"][0]).auto_map
         assert config["projection"]["calibration"]["tokens"] > 0
+    card = pushed.hub.files("me/bert")["README.md"].decode()
+    assert 'from_pretrained("me/bert"' in card and 'from_pretrained("bert"' in (pushed.bert / "README.md").read_text()
     card = ModelCard(pushed.hub.files("my-org/t5")["README.md"].decode())
     assert 'from_pretrained("my-org/t5"' in card.text and not (pushed.t5 / "README.md").exists()
 
@@ -156,6 +162,13 @@ def test_visibility_messages_and_addresses(pushed: Pushed) -> None:
     assert [commit.message for commit in commits] == ["initial commit", "First", "Narrower"]
     assert pushed.results["bert"]["url"] == f"{pushed.hub.url}/me/bert/commit/{commits[1].sha}"
     assert pushed.results["again"]["url"] == pushed.results["bert"]["url"], "nothing had changed, so nothing was added"
+
+
+def test_a_new_branch_keeps_no_weights_of_main(pushed: Pushed) -> None:
+    """It begins with main's files, and transformers prefers a whole file to shards."""
+    files = pushed.hub.files("me/grown", "v2")
+    assert "model.safetensors" not in files and "model.safetensors.index.json" in files
+    assert "model.safetensors" in pushed.hub.files("me/grown")
 
 
 def test_branches_and_pull_requests(pushed: Pushed) -> None:
@@ -329,6 +342,39 @@ def test_without_a_token(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_offline(folder: Path) -> None:
     with pytest.raises(TCSPError, match="HF_HUB_OFFLINE is set"):
         push(folder, "me/small", token="hf_" + "o" * 34)
+
+
+def test_the_card_names_the_repository(folder: Path) -> None:
+    """What `tcsp compress` and `tcsp card` write beside a checkpoint carries the folder's name."""
+    write_card(folder, CardResults(command="tcsp compress x"))
+    plan, sent = _plan(read_checkpoint(folder), "me/small-model", None)
+    card = next(operation.path_or_fileobj for operation in sent if operation.path_in_repo == "README.md")
+    text = bytes(card).decode()
+    assert 'from_pretrained("me/small-model"' in text and f'"{folder.name}"' not in text and not plan.card_made
+    assert "tcsp compress x" in text and not plan.warnings
+    (folder / "README.md").write_text("# My own words\n")
+    plan = plan_push(folder, "me/small-model")
+    assert plan.files["README.md"] == len("# My own words\n") and "never says me/small-model" in plan.warnings[0]
+
+
+def test_what_stays_on_this_disk(folder: Path) -> None:
+    """Where the dense model lies, statistics with a sample of the text, the trainer's records; pickles."""
+    config = json.loads((folder / "config.json").read_text())
+    config["projection"]["source_model"] = "/home/alice/client-acme/dense"
+    (folder / "config.json").write_text(json.dumps(config))
+    calibrated(BERT, make_dense(BERT)).save(folder / "stats")
+    for name in ("results.json", "tcsp_run.json", "tcsp_trainer.json", "pytorch_model.bin"):
+        (folder / name).write_text("{}")
+    (folder / "openvino").mkdir()
+    for name in ("openvino_model.xml", "openvino_model.bin"):
+        (folder / "openvino" / name).write_bytes(b"x")
+    plan, sent = _plan(read_checkpoint(folder), "me/small", None)
+    contents = {operation.path_in_repo: operation.path_or_fileobj for operation in sent}
+    assert json.loads(bytes(contents["config.json"]))["projection"]["source_model"] == "dense"
+    assert {"openvino/openvino_model.xml", "openvino/openvino_model.bin"} <= set(plan.files)
+    kept = ("results", "tcsp_run", "tcsp_trainer", "pytorch", "stats")
+    assert not [name for name in plan.files if name.startswith(kept)]
+    assert "alice" not in "".join(bytes(c).decode() for c in contents.values() if isinstance(c, bytes))
 
 
 def test_dry_run_lists_and_leaves_the_folder_alone(folder: Path) -> None:

@@ -115,7 +115,7 @@ def _write_card(folder: Path, result: dict[str, Any], model: str, command: str, 
     )
     shown = CardResults(
         command=command,
-        base_model=DEMO_MODEL if model == demo_model_path() else model,
+        base_model=DEMO_MODEL if model == demo_model_path() else None,  # the card looks whether it is a folder
         license="apache-2.0" if model == demo_model_path() else None,
         machine=this_machine(),
         evaluations=scores,

@@ -1,6 +1,7 @@
 """`tcsp train`."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -156,6 +157,7 @@ def train_command(
             "model": model_fingerprint(dense),
             "student": None if started is None else model_fingerprint(started),
             "rows": digest_of_rows(rows),
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
             **options,
             **asdict(schedule),
         }

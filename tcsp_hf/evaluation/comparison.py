@@ -51,7 +51,7 @@ class Comparison:
         seed: int,
         progress: bool | None,
         *,
-        split: str = "validation",
+        split: str | None = None,
         items: int | None = None,
         calibration: str | None = None,
         device: str = "cpu",

@@ -54,5 +54,5 @@ def recall_at(
     """Share of queries (q, D) whose document is among the `rank` nearest of documents (d, D) by inner product."""
     scores = queries @ documents.T
     wanted = scores.gather(1, torch.tensor(answers).unsqueeze(1))
-    position = (scores > wanted).sum(1)
+    position = (~(scores < wanted)).sum(1) - 1  # what is as near as the document, or not a number, counts before it
     return [float((position < rank).float().mean()) for rank in ranks]

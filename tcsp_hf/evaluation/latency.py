@@ -107,6 +107,13 @@ def compare_latency(
     return LatencyPair(batch, length, found["dense"].median, found["small"].median)
 
 
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Raise TCSPError unless the model reads sequences of so many tokens."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise TCSPError(f"A length of {length} was asked for, but the model reads at most {longest} tokens.")
+
+
 def flops(model: PreTrainedModel, batch: int, length: int, part: str = "encoder") -> int:
     """Floating-point operations of the matrix products of one forward pass (two per multiplication and addition).
 
@@ -118,7 +125,8 @@ def flops(model: PreTrainedModel, batch: int, length: int, part: str = "encoder"
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"
     with torch.device("meta"):
-        empty: Any = type(model)(config).eval()
+        empty: Any = type(model)(config)
+        empty = empty.to(model.dtype).eval()
         ids = torch.zeros(batch, length, dtype=torch.long)
         if part == "prefill":
             given = {"encoder_outputs": memory_of(model, batch, length, "meta"), "decoder_input_ids": ids}

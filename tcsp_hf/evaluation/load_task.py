@@ -8,13 +8,15 @@ from ..architectures import family_of
 from ..data import load_squad_sample
 from ..data.sources import SAMPLE, first_rows, load_data
 from ..errors import TCSPError
-from ..tasks.table import SPANS, find_task, form_of
+from ..tasks.table import SPANS, TASKS, find_task, form_of
 from .answers import Spans, Written
 from .scoring import Classification, Matthews, Regression, Retrieval, Similarity, Task, columns_of
 
 
-def load_task(model: PreTrainedModel, name: str, split: str = "validation", items: int | None = None) -> Task[Any]:
+def load_task(model: PreTrainedModel, name: str, split: str | None = None, items: int | None = None) -> Task[Any]:
     """The task that fits the model's head, from the data `name` (see `load_data`); `items`: only its first rows.
+
+    `split`: the task's own evaluation split when None, "validation" of other data.
 
     A sequence classifier is scored on labelled texts, one with a single output on labels that are numbers; a question
     answering head on SQuAD, a sequence-to-sequence model in writing on a GLUE task or SQuAD; a BERT or a T5 encoder
@@ -24,6 +26,7 @@ def load_task(model: PreTrainedModel, name: str, split: str = "validation", item
         TCSPError: no such data, or data that does not fit the head.
     """
     family, head = family_of(model)
+    split = split or (find_task(name).splits[0] if name in TASKS else "validation")
     encoder = head == "EncoderModel" or (family == "bert" and head == "Model")
     if head in ("ForQuestionAnswering", "ForConditionalGeneration"):
         task = find_task(name)

@@ -21,7 +21,7 @@ from ..errors import TCSPError
 from ..files import check_output_folder, write_whole
 from .comparison import Comparison
 from .flops import count_flops
-from .latency import compare_latency
+from .latency import check_length, compare_latency
 from .memory import PeakMemory, compression_memory
 
 OURS = "ours"
@@ -71,9 +71,8 @@ class Plan:
             raise TCSPError(f"axes is {list(self.axes)}; it must name some of {', '.join(AXES)}.")
         if min(self.latency) < 1:
             raise TCSPError(f"latency is {self.latency}; batch and length must be positive.")
-        longest = getattr(model.config, "max_position_embeddings", None) if model is not None else None
-        if longest is not None and self.latency[1] > longest:
-            raise TCSPError(f"latency is {self.latency}, but the model reads at most {longest} tokens.")
+        if model is not None:
+            check_length(model, self.latency[1])
 
 
 def method_of(name: str, axes: Sequence[str] | None, search: Search | None = None) -> Baseline:

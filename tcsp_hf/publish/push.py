@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import TCSPError, is_of_the_connection
-from .card import CARD_FILE, render_card
+from .card import CARD_FILE, render_card, shown_path, stored_results
 from .checkpoint import Checkpoint, read_checkpoint, weight_files
 from .results import CardResults
 from .secrets import holds_token, redact
@@ -33,12 +33,17 @@ _LEFT_OUT = (
     "*.pt",
     "*.pth",
     "*.pkl",
-    "*.bin",
     "*.partial",
     "trainer_state.json",
+    "tcsp_trainer.*",
+    "tcsp_run.json",
+    "results.json",
+    "calibration.json",
+    "calibration*.safetensors",
     "__pycache__",
 )
-"""What a trainer or an editor leaves in the folder: none of it belongs to the model, and pickles are not published."""
+"""What a trainer, an editor or `calibrate` leaves in the folder: none of it belongs to the model, statistics hold a
+sample of the text, and pickles are not published."""
 _TEXT = (".json", ".md", ".py", ".txt", ".yaml", ".yml")
 _OLD_WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 _LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token with write access (https://huggingface.co/settings/tokens)"
@@ -123,6 +128,8 @@ def push(
     api = HfApi(token=key, library_name="tcsp_hf")
     with _hub_errors(repo_id, key):
         full_name = _full_name(api, repo_id)
+        if full_name != repo_id:
+            plan, additions = _plan(checkpoint, full_name, key)  # the card says who owns it
         parent, remote = _look(api, full_name, revision)
         if not overwrite:
             _refuse_foreign(api, full_name, revision, checkpoint, remote)
@@ -130,7 +137,9 @@ def push(
             api.create_repo(full_name, private=private, exist_ok=True)
             if revision is not None and not revision.startswith("refs/pr"):
                 api.create_branch(full_name, branch=revision, exist_ok=True)
-        before = parent or _look(api, full_name, revision)[0]
+        before = parent
+        if parent is None:
+            before, remote = _look(api, full_name, revision)  # a new branch begins with main's files
         try:
             commit = api.create_commit(
                 full_name,
@@ -204,16 +213,43 @@ def _plan(checkpoint: Checkpoint, repo_id: str, token: str | None) -> tuple[Push
     for path in paths:
         if path.suffix in _TEXT and holds_token(path.read_text(encoding="utf-8", errors="replace"), token):
             raise TCSPError(f"{path} holds an access token: remove it (and revoke the token) before pushing.")
-    if made:
-        card = render_card(checkpoint, CardResults(), name=repo_id).encode()
-        operations.append(CommitOperationAdd(CARD_FILE, card))
-        sizes[CARD_FILE] = len(card)
-    warnings = []
+    warnings, card = [], render_card(checkpoint, CardResults(), name=repo_id) if made else None
+    if not made:
+        card = _renamed(checkpoint, repo_id)
+        if card is None and repo_id not in (checkpoint.folder / CARD_FILE).read_text("utf-8", errors="replace"):
+            warnings.append(f"README.md never says {repo_id}: its lines of code may load something else")
+    replaced = {} if card is None else {CARD_FILE: card.encode()}
+    replaced |= _without_paths(checkpoint.folder)
+    operations = [operation for operation in operations if operation.path_in_repo not in replaced]
+    for name, content in replaced.items():
+        operations.append(CommitOperationAdd(name, content))
+        sizes[name] = len(content)
     if not checkpoint.has_tokenizer:
         warnings.append("there is no tokenizer in the folder: tokenizer.save_pretrained(folder) puts one there")
     if made:
         warnings.append("there is no README.md in the folder: a card without scores is made (see `tcsp card`)")
     return PushPlan(repo_id, sizes, made, warnings), operations
+
+
+def _renamed(checkpoint: Checkpoint, repo_id: str) -> str | None:
+    """The folder's card under the repository's name; None where it is not as `tcsp card` left it."""
+    text = (checkpoint.folder / CARD_FILE).read_text(encoding="utf-8", errors="replace")
+    heading = next((line[2:] for line in text.splitlines() if line.startswith("# ")), "")
+    results = stored_results(checkpoint.folder)
+    if not heading or render_card(checkpoint, results, name=heading) != text:
+        return None
+    return render_card(checkpoint, results, name=repo_id)
+
+
+def _without_paths(folder: Path) -> dict[str, bytes]:
+    """The configuration without the place of the dense model on this disk, where it says one."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    projection = config.get("projection") or {}
+    source = projection.get("source_model")
+    if not isinstance(source, str) or shown_path(source) == source:
+        return {}
+    projection["source_model"] = shown_path(source)
+    return {"config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
 
 
 def _paths(folder: Path) -> list[Path]:
@@ -223,12 +259,18 @@ def _paths(folder: Path) -> list[Path]:
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         unwanted = any(part.startswith(".") or any(fnmatch.fnmatch(part, p) for p in _LEFT_OUT) for part in parts)
-        if unwanted or not path.is_file():
+        if unwanted or (path.suffix == ".bin" and not _holds_plain_weights(path)) or not path.is_file():
             continue
         if not path.resolve().is_relative_to(top):
             raise TCSPError(f"{path} is a link to a file outside the folder: put the file itself there, or remove it.")
         found.append(path)
     return found
+
+
+def _holds_plain_weights(path: Path) -> bool:
+    """Beside a graph (OpenVINO's) or a vocabulary (CTranslate2's) a .bin file is no pickle, as it is elsewhere."""
+    graph = path.with_suffix(".xml").is_file()
+    return graph or (path.name == "model.bin" and any(path.parent.glob("*vocabulary.*")))
 
 
 # What is there already ----------------------------------------------------------------------------------------------
@@ -282,7 +324,7 @@ def _refuse_foreign(api: HfApi, repo_id: str, revision: str | None, checkpoint: 
         )
     source = (there.get("projection") or {}).get("source_model")
     ours = (checkpoint.config.projection or {}).get("source_model")
-    if source != ours:
+    if shown_path(str(source)) != shown_path(str(ours)):
         raise TCSPError(f"{repo_id} exists and was compressed from {source!r}, not {ours!r}: {remedy}")
 
 

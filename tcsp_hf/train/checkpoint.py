@@ -17,7 +17,7 @@ logger = logging.getLogger("tcsp_hf")
 _RECORD, _TARGETS = "tcsp_trainer.json", "tcsp_trainer.safetensors"
 _STATE = "trainer_state.json"
 _RUN = "tcsp_run.json"
-_SHOWN = 256
+_BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,11 @@ def claim(folder: Path, run: dict[str, Any]) -> Path | None:
 
 
 def digest_of_rows(rows: Any) -> str:
-    """Hash of how many rows there are and of at most 256 of them, evenly spread."""
-    count = len(rows)
-    shown = [rows[i] for i in range(0, count, max(1, count // _SHOWN))]
-    text = json.dumps([count, shown], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Hash of a list, or of a `datasets.Dataset`, in its order."""
+    digest = hashlib.sha256()
+    for part in rows.iter(_BATCH) if hasattr(rows, "iter") else rows:
+        digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
 
 
 def _step(path: Path) -> int:

@@ -172,7 +172,7 @@ class Row:
         return f"{self.dense_key}-{self.key('calibration_samples', 'train_samples')}"
 
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Row) if field.default is not dataclasses.MISSING}
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Row) if field.default is not dataclasses.MISSING}
 
 
 def read_rows(source: Path) -> list[Row]:
@@ -205,6 +205,7 @@ def write_grid(
         TCSPError: a row that is not valid, two of one name, or one whose file is there with other settings.
     """
     texts: dict[Path, str] = {}
+    there = {dataclasses.replace(row, name="") for row in read_rows(folder)} if any(folder.glob("*.toml")) else set()
     for model, task, remove, mode, seed in itertools.product(models, tasks, removes, modes, seeds):
         short = model.rstrip("/").split("/")[-1]
         path = folder / f"{short}-{task}-{100 * remove:.6g}-{mode}{f'-seed{seed}' if seed else ''}.toml"
@@ -224,7 +225,8 @@ def write_grid(
         if path.exists() and Row.read(path) != row:
             raise TCSPError(f"{path} is there with other settings: remove it, or name another folder for these rows.")
     folder.mkdir(parents=True, exist_ok=True)
-    written = [path for path in texts if not path.exists()]
+    wanted = {path: dataclasses.replace(Row.parse(path, text), name="") for path, text in texts.items()}
+    written = [path for path, row in wanted.items() if row not in there]  # perhaps under another name
     for path in written:
         write_whole(path, texts[path])
     return written
@@ -246,7 +248,7 @@ def take_known(rows: Iterable[Row], known: Path, results: Path) -> int:
     taken = 0
     for row in rows:
         entry, path = entries.get(row.name), results / f"{row.name}.json"
-        if entry is not None and not path.exists() and _DEFAULTS | entry["row"] == row.fields():
+        if entry is not None and not path.exists() and DEFAULTS | entry["row"] == row.fields():
             write_whole(path, json.dumps(entry, indent=2) + "\n")
             taken += 1
     return taken
@@ -293,7 +295,7 @@ def run_row(
     path = results / f"{row.name}.json"
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
-        if _DEFAULTS | found["row"] != row.fields():  # a result may be older than a field
+        if DEFAULTS | found["row"] != row.fields():  # a result may be older than a field
             raise TCSPError(
                 f"{path} is the result of other settings: rename the row, or remove the file to run it again."
             )
@@ -359,7 +361,7 @@ def _dense(
     """The dense fine-tuned model's folder (or name), its scores and what it took; kept for other rows."""
     kept = results / "dense" / row.dense_key
     if not kept.is_dir():
-        with new_folder(kept) as staging:
+        with new_folder(kept, overwrite=True) as staging:  # its name says what it holds
             name = resolve_name(row.model)
             tokenizer = load_tokenizer(name)
             took = None
@@ -414,7 +416,7 @@ def _compressed(
         clock = Clock()
         small = trainer.compress()
         spent = calibrated + searched + clock.read()
-        with new_folder(kept) as staging:
+        with new_folder(kept, overwrite=True) as staging:
             small.save_pretrained(staging)
             (staging / "record.json").write_text(json.dumps(spent.fields()) + "\n", encoding="utf-8")
     return load_model(str(kept)), _took(kept / "record.json")

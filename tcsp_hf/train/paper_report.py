@@ -7,8 +7,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..errors import TCSPError
 from ..files import write_whole
 from ..tasks import find_task
+from .paper import DEFAULTS
 
 MEAN_DROP = {0.44: 0.0, 0.6: 0.0, 0.8: 0.8}
 """Removed fraction -> the largest mean drop over the tasks after distillation, in points."""
@@ -18,12 +20,17 @@ LEAST_KEPT = {0.94: 0.96}
 """Removed fraction -> the share of the dense score that is kept at least, on the mean over the tasks."""
 
 
+_HEAD = "| model | task | metric |"
+_MARK = "<!-- Written by `tcsp bench paper`. -->"
+
+
 @dataclass(frozen=True)
 class Group:
     """Rows that differ in their seed alone.
 
     Attributes:
         model, task, remove, mode: as in `Row`.
+        settings: what else sets these rows apart from others of the table, as `name=value`; empty where nothing does.
         metric: the task's headline.
         removed: mean of what was really removed.
         dense, scores: one for every seed, in points (hundredths; SQuAD's metrics are in points already).
@@ -36,6 +43,7 @@ class Group:
     task: str
     remove: float
     mode: str
+    settings: str
     metric: str
     removed: float
     dense: tuple[float, ...]
@@ -51,15 +59,17 @@ class Group:
 
 
 def groups_of(results: list[dict[str, Any]]) -> list[Group]:
-    """Results by model, task, fraction and mode."""
+    """Results by model, task, fraction, mode and whatever else differs between them, but for the seed."""
+    rows = [DEFAULTS | result["row"] for result in results]
+    own = ("name", "seed", "model", "task", "remove", "mode")
+    names = [name for name in (rows[0] if rows else {}) if name not in own]
+    varied = [name for name in names if len({json.dumps(row[name]) for row in rows}) > 1]
     found: dict[tuple[str, str, float, str, str], list[dict[str, Any]]] = {}
-    common = set.intersection(*(set(result["row"]) for result in results)) - {"name", "seed"}  # some may be older
-    for result in results:
-        row = result["row"]
-        others = json.dumps([row[name] for name in sorted(common)])
-        found.setdefault((row["model"], row["task"], row["remove"], row["mode"], others), []).append(result)
+    for row, result in zip(rows, results, strict=True):
+        settings = ", ".join(f"{name}={row[name]}" for name in varied)
+        found.setdefault((row["model"], row["task"], row["remove"], row["mode"], settings), []).append(result)
     groups = []
-    for (model, task, remove, mode, _), members in sorted(found.items()):
+    for (model, task, remove, mode, settings), members in sorted(found.items()):
         percent = 1.0 if find_task(task).is_qa else 100.0
         name = members[0]["headline"]
         groups.append(
@@ -68,6 +78,7 @@ def groups_of(results: list[dict[str, Any]]) -> list[Group]:
                 task,
                 remove,
                 mode,
+                settings,
                 name,
                 statistics.mean(member["removed"] for member in members),
                 tuple(percent * member["dense"][name] for member in members),
@@ -104,17 +115,21 @@ def _seconds(result: dict[str, Any], name: str) -> float | None:
     return result[name] if own is None else own
 
 
+def _named(mode: str, settings: str) -> str:
+    return f"{mode} ({settings})" if settings else mode
+
+
 def _whole(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds:.0f}"
 
 
 def summary(groups: list[Group]) -> list[dict[str, Any]]:
     """Over the tasks, for every model, fraction and mode: mean and worst drop in points, mean share kept."""
-    cells: dict[tuple[str, float, str], list[Group]] = {}
+    cells: dict[tuple[str, float, str, str], list[Group]] = {}
     for group in groups:
-        cells.setdefault((group.model, group.remove, group.mode), []).append(group)
+        cells.setdefault((group.model, group.remove, group.mode, group.settings), []).append(group)
     rows = []
-    for (model, remove, mode), members in cells.items():
+    for (model, remove, mode, settings), members in cells.items():
         worst = max(members, key=lambda group: group.drop)
         kept = [statistics.mean(g.scores) / statistics.mean(g.dense) for g in members if statistics.mean(g.dense)]
         rows.append(
@@ -122,6 +137,7 @@ def summary(groups: list[Group]) -> list[dict[str, Any]]:
                 "model": model,
                 "remove": remove,
                 "mode": mode,
+                "settings": settings,
                 "tasks": [group.task for group in members],
                 "mean_drop": statistics.mean(group.drop for group in members),
                 "worst_drop": worst.drop,
@@ -159,18 +175,27 @@ def report(results: list[dict[str, Any]], folder: Path) -> Path:
     write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
     groups = groups_of(results)
     lines = [
-        "| model | task | metric | removed | mode | seeds | dense | compressed | change | seconds | dense seconds "
-        "| step |",
+        _MARK,
+        "",
+        f"{_HEAD} removed | mode | seeds | dense | compressed | change | seconds | dense seconds | step |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for group in groups:
-        name = group.model.rstrip("/").split("/")[-1]
-        lines.append(
-            f"| {name} | {group.task} | {group.metric} | {group.removed:.1%} | {group.mode} | {len(group.scores)} | "
-            f"{_with_spread(group.dense)} | {_with_spread(group.scores)} | {-group.drop:+.2f} | "
-            f"{_whole(group.seconds)} | {_whole(group.dense_seconds)} | "
-            f"{'-' if group.step is None else f'{group.step:.2f}'} |"
-        )
+        cells = [
+            group.model.rstrip("/").split("/")[-1],
+            group.task,
+            group.metric,
+            f"{group.removed:.1%}",
+            _named(group.mode, group.settings),
+            str(len(group.scores)),
+            _with_spread(group.dense),
+            _with_spread(group.scores),
+            f"{-group.drop:+.2f}",
+            _whole(group.seconds),
+            _whole(group.dense_seconds),
+            "-" if group.step is None else f"{group.step:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
         "| model | asked | mode | tasks | mean change | worst change | of the dense score |",
@@ -180,7 +205,7 @@ def report(results: list[dict[str, Any]], folder: Path) -> Path:
         kept = "-" if row["kept"] is None else f"{row['kept']:.1%}"
         name = row["model"].rstrip("/").split("/")[-1]
         lines.append(
-            f"| {name} | {row['remove']:.0%} | {row['mode']} | {len(row['tasks'])} | "
+            f"| {name} | {row['remove']:.0%} | {_named(row['mode'], row['settings'])} | {len(row['tasks'])} | "
             f"{-row['mean_drop']:+.2f} | {-row['worst_drop']:+.2f} ({row['worst_task']}) | {kept} |"
         )
     published = references()
@@ -191,7 +216,7 @@ def report(results: list[dict[str, Any]], folder: Path) -> Path:
         "training: the processor's own where it does the work, so that other work does not count. A step's time is a "
         "fraction of the dense model's (the teacher's forward pass is part of a distilled one). `from-pretrained` rows "
         "were compressed before any training on the task, then trained as the dense model was; their seconds are all "
-        "that it takes (of a row that was stopped: since it went on).",
+        "that it takes (- where a row went on from a checkpoint).",
         "",
         published["note"],
         "",
@@ -206,6 +231,17 @@ def report(results: list[dict[str, Any]], folder: Path) -> Path:
         )
     write_whole(folder / "README.md", "\n".join(lines) + "\n")
     return folder / "README.md"
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a folder whose README.md is another one than `report` writes.
+
+    Raises:
+        TCSPError: so it is.
+    """
+    path = folder / "README.md"
+    if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith((_MARK, _HEAD)):
+        raise TCSPError(f"{path} was not written by `tcsp bench paper` and is left as it is: name another folder.")
 
 
 def _with_spread(values: tuple[float, ...]) -> str:

@@ -323,7 +323,7 @@ class _CompressingTrainer(Trainer):
 
     def _prepare_distiller(self, small: Any, teacher: Any) -> None:
         self._distiller = None
-        self.loss_is_scaled_for_ga = None  # transformers decides
+        self.__dict__.pop("loss_is_scaled_for_ga", None)  # the class's: transformers decides where it is None
         if teacher is None or not self.args.distillation:
             return
         teacher = _plain(teacher)
@@ -346,7 +346,8 @@ class _CompressingTrainer(Trainer):
                 targets = on_first_rank(lambda: SiteTargets.solve(sums))
             distiller.targets = targets.to(self.args.device)
         self._distiller = distiller
-        self.loss_is_scaled_for_ga = False  # a mean over the batch, whatever the labels' part comes from
+        if getattr(self, "loss_is_scaled_for_ga", None) is None:
+            self.loss_is_scaled_for_ga = False  # a mean over the batch, whatever the labels' part comes from
 
     def _site_sums(self, distiller: Distiller, small: Any) -> SiteSums:
         rows = self._calibration_rows()

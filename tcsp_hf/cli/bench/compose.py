@@ -12,7 +12,7 @@ from ...compression import removed_fraction
 from ...errors import TCSPError
 from ...evaluation.comparison import Comparison
 from ...evaluation.compose import WAYS, adapt, choose_ways, compare_ways
-from ...evaluation.latency import random_inputs
+from ...evaluation.latency import check_length, random_inputs
 from ...evaluation.scoring import Classification
 from ...files import check_output_file, write_whole
 from ...loading import load_model
@@ -62,6 +62,7 @@ def compose_command(
     bench = Comparison.load(dense, task, 1, seed, bars, items=eval_samples)
     if not isinstance(bench.task, Classification):
         raise TCSPError(f"{dense!r} on {task!r}: a task with classes is needed.")
+    check_length(bench.dense, length)
     torch.manual_seed(seed)
     small = load_model(model)
     models = {"dense": bench.dense, "compressed": small}

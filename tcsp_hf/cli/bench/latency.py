@@ -23,6 +23,7 @@ from ...evaluation.latency import (
     GridPoint,
     check_backends,
     check_clock,
+    check_length,
     latency_grid,
     parameter_bytes,
     token_bytes,
@@ -205,6 +206,8 @@ def latency_command(
         pair = _shape_pair(shape, hidden_size, remove, cut, like, {"device": device, "dtype": DTYPES[dtype]})
     if wanted != ("encoder",) and not pair.dense.can_generate():
         raise TCSPError(f"--parts is {parts!r}, but {pair.name} has no decoder; allowed: encoder.")
+    for _, length in points:
+        check_length(pair.dense, length)
     models = {"dense": pair.dense, "small": pair.small, **(peers_of(pair.dense, pair.small) if peers else {})}
     grid: list[GridPoint] = []
     before = os.getloadavg()[0]

@@ -8,7 +8,7 @@ import typer
 
 from ...errors import TCSPError
 from ...train.paper import MODES, Shared, in_order, read_rows, run_row, take_known, write_grid
-from ...train.paper_report import groups_of, missed_bars, picture, report, summary
+from ...train.paper_report import check_place, groups_of, missed_bars, picture, report, summary
 from ..common import JsonOption, QuietOption, print_json, progress_of
 from ..finetune import bars_hidden
 
@@ -68,6 +68,7 @@ def paper_command(
     if not run:
         typer.echo(f"{len(chosen)} rows in {rows}")
         return
+    check_place(output)
     output.mkdir(parents=True, exist_ok=True)
     if known is not None:
         taken = take_known(chosen, known, output)

@@ -15,6 +15,7 @@ from ...evaluation.scoring import Similarity
 from ...export.sentence_transformer import load_source
 from ...files import check_output_file, write_whole
 from ...loading import load_model, load_tokenizer, resolve_name
+from ...publish.card import shown_path
 from ...publish.results import CardResults, Evaluation
 from ..common import JsonOption, QuietOption, print_json, print_table, progress_of
 from .common import SeedOption
@@ -121,8 +122,9 @@ def _similarity(pairs: Any, encoders: Sequence[Encoder]) -> dict[str, Any]:
 
 def evaluations_of(result: dict[str, Any]) -> tuple[Evaluation, ...]:
     """As a model card has them."""
-    name = f"{result['data']}, {result['questions']} questions about {result['paragraphs']} paragraphs"
-    source = "rajpurkar/squad" if result["data"] == "squad" else result["data"]
+    data = shown_path(result["data"])
+    name = f"{data}, {result['questions']} questions about {result['paragraphs']} paragraphs"
+    source = "rajpurkar/squad" if result["data"] == "squad" else data
     own, dense = result["recall"]["compressed on compressed"], result["recall"]["dense on dense"]
     crossed = result["recall"]["compressed on dense"]
     found = []
