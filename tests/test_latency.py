@@ -211,6 +211,12 @@ def test_time_box() -> None:
     assert len(timed) == 4  # one that does not count, and three
 
 
+def test_a_decoder_in_half_precision_is_counted() -> None:
+    told = ("--shape", "tiny-t5", "--parts", "prefill", "--batches", 1, "--lengths", 8, "--rounds", 1)
+    half, full = (bench(*told, "--dtype", dtype)["grid"][0]["ideal"] for dtype in ("bfloat16", "float32"))
+    assert half == full > 1
+
+
 def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "mine.png").write_text("")
     make_dense(BERT, torch.float32).save_pretrained(tmp_path / "dense")
@@ -220,6 +226,7 @@ def test_refusals(tmp_path: Path) -> None:
         (["--parts", "all"], "--parts names 'all'"),
         (["--remove", "0.3", "--hidden-size", 8], "Give one of"),
         (["--dtype", "int8"], "--dtype is 'int8'"),
+        (["--shape", "tiny", "--lengths", "8,600"], "length of 600"),
         (["--clock", "sun"], "--clock is 'sun'"),
         (["--shape", "tiny", "--hidden-size", 40], "--hidden-size is 40"),
         (["--backends", "eager,fast"], "back-end is 'fast'"),

@@ -17,6 +17,7 @@ from tcsp_hf import TCSPError
 from tcsp_hf.baselines import BASELINES
 from tcsp_hf.cli.main import app
 from tcsp_hf.evaluation import quality
+from tcsp_hf.evaluation.embeddings import recall_at
 from tcsp_hf.evaluation.load_task import load_task
 from tcsp_hf.evaluation.quality import METHODS, shortfalls
 from tcsp_hf.evaluation.scoring import Matthews, Regression, Retrieval, Similarity
@@ -232,6 +233,10 @@ def test_sentence_encoders(data: Path, tmp_path: Path, tokenizer: PreTrainedToke
         assert -1.0 <= line["score"] <= 1.0 and 0.0 <= line["distance"] <= 2.0 and line["agreement"] is None
     with pytest.raises(TCSPError, match="single texts"):
         bench(folder, data, tmp_path / "other")
+    collapsed = torch.ones(3, 4)
+    assert recall_at(collapsed, collapsed, [0, 1, 2], (1, 3)) == [0.0, 1.0], "as near as all the others is no hit"
+    assert recall_at(torch.eye(3), torch.eye(3), [0, 1, 1], (1, 3)) == [pytest.approx(2 / 3), 1.0]
+    assert recall_at(torch.full((1, 4), torch.nan), torch.eye(4), [0], (1,)) == [0.0]
     task = load_task(make_dense(ENCODER, torch.float32), "squad-sample")
     assert isinstance(task, Retrieval) and task.items == 1000
     assert task.calibration_texts(["a", "b", "a"], 5, 0) in (["a", "b"], ["b", "a"])

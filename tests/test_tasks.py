@@ -536,6 +536,31 @@ def test_paper_grid(tmp_path: Path) -> None:
         assert not (tmp_path / "r").exists()
     with pytest.raises(TCSPError, match="other settings"):
         write_grid(rows, ["a/b"], ["mrpc"], [0.44], ["distilled"])
+    written[0].rename(rows / "mine.toml")
+    assert write_grid(rows, ["a/b"], ["mrpc"], [0.44], ["distilled"], [0], ["dense_epochs = 5"]) == []
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(TCSPError, match="left as it is"):
+        tcsp("bench", "paper", rows, "-o", tmp_path)
+
+
+def test_rows_of_other_settings_stand_apart() -> None:
+    """In the table and in its means; seeds alone are joined."""
+
+    def result(task: str, seed: int, lr: float) -> dict[str, Any]:
+        row = {"model": "m", "task": task, "remove": 0.44, "mode": "distilled", "seed": seed, "lr": lr, "name": f"{lr}"}
+        timed = {"seconds": 1.0, "dense_seconds": 1.0, "steps": 0, "dense_steps": 1}
+        scores = {"dense": {"accuracy": 0.5}, "scores": {"accuracy": 0.5}, "headline": "accuracy", "removed": 0.44}
+        return {"row": row, **timed, **scores}
+
+    one = [result("mrpc", 0, 1e-4), result("mrpc", 1, 1e-4), result("rte", 0, 1e-4)]
+    assert [(len(group.scores), group.settings) for group in groups_of(one)] == [(2, ""), (1, "")]
+    groups = groups_of([*one, result("mrpc", 0, 2e-4)])
+    assert [(group.task, len(group.scores), group.settings) for group in groups] == [
+        ("mrpc", 2, "lr=0.0001"),
+        ("mrpc", 1, "lr=0.0002"),
+        ("rte", 1, "lr=0.0001"),
+    ]
+    assert [row["tasks"] for row in summary(groups)] == [["mrpc", "rte"], ["mrpc"]]
 
 
 def test_commands_refuse(data: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
