@@ -66,7 +66,10 @@ def family_of(model: PreTrainedModel) -> tuple[str, str]:
     family, prefix = PREFIXES[model_type]
     head = name.removeprefix(prefix)
     if not name.startswith(prefix) or head not in HEADS[family]:
-        raise TCSPError(f"{name} is not a supported class; supported: {', '.join(supported)}.")
+        raise TCSPError(
+            f"{name} is not a supported class; supported: {', '.join(supported)}. A head of your own goes on a "
+            "compressed body: compress the model below it (base_model)."
+        )
     if family == "bert":
         for feature in ("is_decoder", "add_cross_attention"):
             if getattr(model.config, feature, False):

@@ -148,6 +148,7 @@ Without it, .*:
 ```python
 (.|\n)*
 model = AutoModelForSequenceClassification\.from_pretrained\("me/my-small", trust_remote_code=True\)
+tokenizer = AutoTokenizer\.from_pretrained\("me/my-small", trust_remote_code=True\)
 ```
 
 As a pipeline:

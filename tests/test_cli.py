@@ -159,6 +159,11 @@ def test_errors_are_one_line_and_status_two(
     assert capsys.readouterr().err.startswith("error: Give exactly one of")
 
 
+def test_the_card_says_what_was_switched_off(dense: Path, texts: Path, tmp_path: Path) -> None:
+    tcsp("compress", dense, "--data", texts, "--hidden-size", 16, "--no-refit", "--quiet", "-o", tmp_path / "x")
+    assert "--no-refit" in (tmp_path / "x" / "README.md").read_text()
+
+
 def test_data_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(load_data("squad-sample")) == 400
     (tmp_path / "glue" / "sst2").mkdir(parents=True)

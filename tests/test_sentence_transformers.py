@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from common import Case, D, calibrated, find, make_dense, make_small, make_tokenizer
+from test_cli import tcsp
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
+import tcsp_hf
 from tcsp_hf import TCSPError, compress
 from tcsp_hf.cli.main import app
 from tcsp_hf.evaluation.embeddings import embed
@@ -161,3 +163,23 @@ def test_refusals(small: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(TCSPError, match=r"pip install 'tcsp_hf\[sentence-transformers\]'"):
         load_source(tmp_path)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_the_command_calibrates_for_the_sources_pooling(
+    pooling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = write_source(tmp_path, pooling=pooling), []
+
+    def calibrate(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["pooling"])
+        return tcsp_hf.calibrate(*args, **kwargs)
+
+    monkeypatch.setattr("tcsp_hf.cli.compress.calibrate", calibrate)
+    (tmp_path / "texts.txt").write_text("\n".join(f"w{i} w{i + 1} w{i % 9}" for i in range(40)))
+    told = ("compress", path, "--data", tmp_path / "texts.txt", "--hidden-size", 16, "--sentence-transformer")
+    tcsp(*told, "--quiet", "-o", tmp_path / "small")
+    assert seen == [pooling]
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert 'SentenceTransformer("small", trust_remote_code=True)' in card
+    assert "library_name: sentence-transformers" in card and "pipeline_tag: sentence-similarity" in card

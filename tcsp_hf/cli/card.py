@@ -13,7 +13,6 @@ from ..publish.card import render_card, write_card
 from ..publish.checkpoint import read_checkpoint
 from ..publish.results import CardResults
 from ..publish.shelf import shelve_card
-from .common import OverwriteOption
 
 
 def card_command(
@@ -35,7 +34,7 @@ def card_command(
     ] = None,
     index: Annotated[bool, typer.Option("--index", help="With -o: a table of all cards there as README.md.")] = False,
     show: Annotated[bool, typer.Option("--print", help="Print the card and write nothing.")] = False,
-    overwrite: OverwriteOption = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card that is there.")] = False,
 ) -> None:
     """Write the model card (README.md) of a compressed checkpoint, from its configuration and measured results.
 

@@ -38,7 +38,9 @@ ColumnsOption = Annotated[
     str | None,
     typer.Option("--text-columns", help="One or two column names, with a comma; found by name otherwise."),
 ]
-SequencesOption = Annotated[int, typer.Option("--max-sequences", help="Sequences to calibrate on.", min=1)]
+SequencesOption = Annotated[
+    int, typer.Option("--max-sequences", help="Calibrate on the first ones: shuffle what is sorted.", min=1)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of a table.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is not empty.")]
@@ -82,7 +84,7 @@ def command_line(context: typer.Context) -> str:
         value, default = context.params.get(parameter.name or ""), parameter.get_default(context)
         if parameter.param_type_name == "argument":
             words.append(shown_path(str(value)))
-        elif value == default or (value is False and default is None):
+        elif value == default or (value is False and not parameter.secondary_opts):
             continue
         elif isinstance(value, bool):
             options.append((parameter.opts if value else parameter.secondary_opts)[0])

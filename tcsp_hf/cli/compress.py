@@ -11,7 +11,7 @@ from ..compression import compress, count_parameters, removed_fraction, size_tab
 from ..compression.request import check_request
 from ..data.sources import SAMPLE, load_data
 from ..errors import TCSPError
-from ..export.sentence_transformer import load_source, require_encoder, save_sentence_transformer
+from ..export.sentence_transformer import load_source, pooling_of, require_encoder, save_sentence_transformer
 from ..files import check_output_folder, new_folder
 from ..loading import load_model, load_tokenizer
 from ..publish.card import write_card
@@ -80,6 +80,14 @@ def compress_command(
     split: SplitOption = "train",
     text_columns: ColumnsOption = None,
     max_sequences: SequencesOption = 2000,
+    pooling: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an embedding model, where it is calibrated here: mean, cls or pooler. With --sentence-transformer "
+            "the source's own, otherwise the mean.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     offload: OffloadOption = False,
@@ -137,6 +145,7 @@ def compress_command(
             max_sequences=max_sequences,
             text_columns=columns,
             fisher=subspace == "balanced",
+            pooling=pooling or pooling_of(source),
             progress=progress_of(quiet, as_json),
         )
     small: Any = compress(dense, found, **options, progress=progress_of(quiet, as_json))

@@ -61,7 +61,7 @@ def score_rows(task: Task, scores: dict[str, float]) -> list[list[str]]:
 
 
 def finetune_command(
-    model: Annotated[str, typer.Option(help="Folder or Hub name, or all-MiniLM-L6-v2 for the extra [demo]'s copy.")],
+    model: Annotated[str, typer.Option(help="Folder or Hub name, or all-MiniLM-L6-v2 for the demo extra's copy.")],
     task: TaskOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the fine-tuned model.")],
     data: DataFolderOption = None,

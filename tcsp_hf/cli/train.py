@@ -80,6 +80,7 @@ def train_command(
         bool | None,
         typer.Option(help="Of the compressed model in training; by default only where it learns from labels alone."),
     ] = None,
+    pooling: Annotated[str, typer.Option(help="Of an embedding model: mean, cls or pooler.")] = "mean",
     data: DataFolderOption = None,
     train_split: TrainSplitOption = "train",
     eval_split: EvalSplitOption = None,
@@ -149,6 +150,7 @@ def train_command(
         "temperature": temperature,
         "hidden_weight": hidden_weight,
         "dropout": dropout,
+        "pooling": pooling,
     }
     run: dict[str, Any] | None = None
     if checkpoints is not None:

@@ -54,6 +54,11 @@ def load_source(name: str | os.PathLike[str]) -> Any | None:
     return source
 
 
+def pooling_of(source: Any | None) -> str:
+    """What `calibrate` calls the pooling of a source: its sentences are read from the first token, or from a mean."""
+    return "cls" if source is not None and _check_modules(source) == ("cls",) else "mean"
+
+
 def _check_modules(source: Any) -> tuple[str, ...]:
     """The pooling modes of a source that is an encoder and then a pooling.
 

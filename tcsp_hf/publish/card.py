@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint, read_checkpoint
 from .cuts import LayerCut, dense_sizes, layer_cuts
 from .results import RESULTS_FILE, CardResults
 from .secrets import redact
-from .usage import pipeline_tag, usage
+from .usage import is_sentence_transformer, pipeline_tag, usage
 
 CARD_FILE = "README.md"
 _PAPER = "https://arxiv.org/abs/2308.16475"
@@ -163,13 +163,14 @@ def _metadata(
         )
         for entry in results.evaluations
     ]
+    sentences = is_sentence_transformer(checkpoint)
     return ModelCardData(
         language=results.language,
         license=licence,
-        library_name="transformers",
+        library_name="sentence-transformers" if sentences else "transformers",
         tags=["tcsp", "compression", "subspace-projection"],
         base_model=base,
-        pipeline_tag=pipeline_tag(checkpoint),
+        pipeline_tag="sentence-similarity" if sentences else pipeline_tag(checkpoint),
         datasets=list(dict.fromkeys(entry.dataset for entry in results.evaluations)) or None,
         metrics=list(dict.fromkeys(entry.metric for entry in results.evaluations)) or None,
         model_name=name.rpartition("/")[2],

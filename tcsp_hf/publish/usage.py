@@ -39,8 +39,26 @@ def _two_bare_stacks(checkpoint: Checkpoint) -> bool:
 
 def usage(checkpoint: Checkpoint, name: str) -> str:
     """The section's text; `name` stands for the checkpoint in the code."""
-    ways = [_with_package(checkpoint, name), _without_package(checkpoint, name), _pipeline(checkpoint, name)]
+    if is_sentence_transformer(checkpoint):
+        ways = [_sentences(name), _with_package(checkpoint, name), _without_package(checkpoint, name)]
+    else:
+        ways = [_with_package(checkpoint, name), _without_package(checkpoint, name), _pipeline(checkpoint, name)]
     return "\n\n".join(way for way in ways if way)
+
+
+def is_sentence_transformer(checkpoint: Checkpoint) -> bool:
+    """Whether the folder is one that sentence-transformers loads."""
+    return (checkpoint.folder / "modules.json").is_file()
+
+
+def _sentences(name: str) -> str:
+    code = _code(
+        "from sentence_transformers import SentenceTransformer",
+        "",
+        f'model = SentenceTransformer("{name}", trust_remote_code=True)',
+        'embeddings = model.encode(["A sentence."])',
+    )
+    return f"Embeddings, in the dense model's space:\n\n{code}"
 
 
 def _code(*lines: str) -> str:
@@ -54,7 +72,7 @@ def _load(checkpoint: Checkpoint, name: str, trust: bool) -> list[str]:
         run = _RUN.get(checkpoint.head, "logits = model(**inputs).logits")
         if _two_bare_stacks(checkpoint):
             run = _LIFT.format("**inputs, decoder_input_ids=inputs.input_ids")
-        lines += [f'tokenizer = AutoTokenizer.from_pretrained("{name}")', _inputs(checkpoint), run]
+        lines += [f'tokenizer = AutoTokenizer.from_pretrained("{name}"{more})', _inputs(checkpoint), run]
     return lines
 
 
@@ -66,11 +84,14 @@ def _inputs(checkpoint: Checkpoint) -> str:
     return f'inputs = tokenizer({text}, return_tensors="pt")'
 
 
+def _imports(checkpoint: Checkpoint) -> list[str]:
+    return [checkpoint.auto_class, *(["AutoTokenizer"] if checkpoint.has_tokenizer else [])]
+
+
 def _with_package(checkpoint: Checkpoint, name: str) -> str:
-    imports = [checkpoint.auto_class, *(["AutoTokenizer"] if checkpoint.has_tokenizer else [])]
     code = _code(
         "import tcsp_hf  # registers the classes",
-        f"from transformers import {', '.join(imports)}",
+        f"from transformers import {', '.join(_imports(checkpoint))}",
         "",
         *_load(checkpoint, name, trust=False),
     )
@@ -79,9 +100,9 @@ def _with_package(checkpoint: Checkpoint, name: str) -> str:
 
 def _without_package(checkpoint: Checkpoint, name: str) -> str:
     code = _code(
-        f"from transformers import {checkpoint.auto_class}",
+        f"from transformers import {', '.join(_imports(checkpoint))}",
         "",
-        _load(checkpoint, name, trust=True)[0],
+        *_load(checkpoint, name, trust=True)[: len(_imports(checkpoint))],
     )
     return f"Without it, with the code that lies beside the weights:\n\n{code}"
 
