@@ -42,7 +42,9 @@ def hub(path: str, method: str = "POST"):
 
 
 def files_of(repo: str) -> dict[str, str]:
-    return {name: sha for name, sha in hub(f"/_state/{repo}", "GET")["files"].items() if name != GITATTRIBUTES}
+    """Path -> hash; of the card, which names the repository, that it is there."""
+    found = hub(f"/_state/{repo}", "GET")["files"]
+    return {name: "" if name == "README.md" else sha for name, sha in found.items() if name != GITATTRIBUTES}
 
 
 def weights(repo: str, local: bool = False) -> str:
