@@ -220,13 +220,13 @@ def write_grid(
         if path in texts:
             raise TCSPError(f"Two rows would be called {path.stem}: give them one after the other, in two folders.")
         texts[path] = "\n".join(lines) + "\n"
-    for path, text in texts.items():
-        row = Row.parse(path, text)
+    wanted = {path: Row.parse(path, text) for path, text in texts.items()}
+    for path, row in wanted.items():
         if path.exists() and Row.read(path) != row:
             raise TCSPError(f"{path} is there with other settings: remove it, or name another folder for these rows.")
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = {path: dataclasses.replace(Row.parse(path, text), name="") for path, text in texts.items()}
-    written = [path for path, row in wanted.items() if row not in there]  # perhaps under another name
+    # those that are not there, perhaps under another name
+    written = [path for path, row in wanted.items() if dataclasses.replace(row, name="") not in there]
     for path in written:
         write_whole(path, texts[path])
     return written
