@@ -1,5 +1,8 @@
 """Counting operations and memory: against torch's own counter, and against what is allocated."""
 
+import platform
+
+import psutil
 import pytest
 import torch
 from common import CASES, Case, dense_and_sample, find, make_dense, make_inputs, make_small, make_uneven
@@ -7,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from tcsp_hf.baselines import BASELINES
+from tcsp_hf.compression.memory import give_back
 from tcsp_hf.evaluation.flops import count_flops
 from tcsp_hf.evaluation.memory import PeakMemory
 
@@ -59,3 +63,18 @@ def test_peak_memory_sees_a_large_block() -> None:
         block = torch.ones(25_000_000)
     assert busy.peak - idle.peak > 50_000_000
     assert block.numel() == 25_000_000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep other books")
+def test_freed_memory_is_given_back() -> None:
+    """Blocks between others that stay: glibc keeps their pages until it is told."""
+    resident = psutil.Process().memory_info
+    blocks = [torch.ones(2**13) for _ in range(4096)]  # 128 MiB in blocks too small for pages of their own
+    freed = sum(block.nbytes for block in blocks[::2])
+    del blocks[::2]
+    before = resident().rss
+    give_back(1)
+    assert before - resident().rss < freed // 2, "small holes are not worth a look through the heap"
+    give_back(freed)
+    assert before - resident().rss > freed // 2
+    assert all(bool((block == 1).all()) for block in blocks)

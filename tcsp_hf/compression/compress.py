@@ -18,6 +18,7 @@ from .check import doubt_about, measured_loss, objective_name
 from .curves import CurveMeasure
 from .latency import allocate_by_latency
 from .least_squares import FEW_TOKENS
+from .memory import give_back
 from .plan import LossCurves, Sizes, allocate
 from .refit_bert import BertRefit
 from .refit_t5 import refit_t5
@@ -109,6 +110,7 @@ def compress(
     )
     with evaluating(model):
         small = _smaller(model, stats, family, head, request, search or Search(), progress)
+    give_back(sum(parameter.nbytes for parameter in small.parameters()))
     options = small.config.projection["options"]
     predicted, measured = options.get("predicted_kl"), options.get("measured_kl")
     size = dense_hidden_size(model) if objective_name(model, stats).startswith("embedding") else None

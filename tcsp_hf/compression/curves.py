@@ -28,6 +28,7 @@ from .check import objective_name, probe_sequences
 from .filters import drop_inputs
 from .heads import drop_heads, inverse_root, score_moments
 from .least_squares import HELD_OUT_EVERY, NormalEquations, damped_inverse, solve
+from .memory import give_back
 from .metrics import Metrics
 from .plan import Costs, LossCurves, filter_step
 from .replay import Replay
@@ -106,6 +107,7 @@ class CurveMeasure:
                     records = self._record(chosen)
                     for block in chosen:
                         self._block_curves(block, records.pop(block.writes, None), curves)
+                        give_back(8 * self._inputs(block) ** 2)
                         bar.update(1)
         return curves
 

@@ -5,6 +5,7 @@ import torch
 from .filters import drop_inputs
 from .heads import drop_heads, value_factors
 from .least_squares import NormalEquations, solve
+from .memory import give_back
 
 _FIRST_PASS_STRENGTH = 1e-2
 _FEWEST_BLOCKS = 48
@@ -55,11 +56,13 @@ def cut_filters(problem: Problem, root: torch.Tensor, neurons: int, keep: int) -
     equations, prior = problem
     if keep == neurons:
         return problem, torch.arange(neurons, device=prior.device)
+    give_back(equations.moments.nbytes)
     moments, cross = equations.total
     first = solve(moments, cross, prior, _FIRST_PASS_STRENGTH, equations.bias)
     block = max(16, (neurons - keep) // _FEWEST_BLOCKS)
     kept, _, _ = drop_inputs(moments, root @ first.T, neurons, keep, block)
-    del moments, cross
+    del moments, cross, first
+    give_back(equations.moments.nbytes)
     rows = torch.cat([kept, torch.arange(neurons, len(prior), device=prior.device)])
     return (equations.keep(rows[:-1] if equations.bias else rows), prior[rows]), kept
 

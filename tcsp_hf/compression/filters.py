@@ -56,7 +56,7 @@ def drop_inputs(
         if left < _COMPACT * len(alive):
             stays = torch.cat([alive, alive.new_ones(len(index) - len(alive))]).nonzero().squeeze(1)
             weights, index = weights[:, stays], index[stays]
-            inverse = inverse[stays][:, stays]
+            inverse = inverse[stays[:, None], stays]
             alive = alive[alive]
     kept = index[: len(alive)][alive]
     return kept.sort().values, curve, torch.cat(order) if order else index[:0]

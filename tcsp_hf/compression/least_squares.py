@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import TCSPError
+from .memory import give_back
 
 LAMBDAS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 HELD_OUT_EVERY = 5
@@ -165,7 +166,7 @@ class NormalEquations:
     def keep(self, indices: torch.Tensor) -> "NormalEquations":
         """Only these entries of u (and the constant)."""
         rows = torch.cat([indices, indices.new_tensor([self.inputs])]) if self.bias else indices
-        return self._of(len(indices), self.moments[:, rows][:, :, rows], self.cross[:, rows])
+        return self._of(len(indices), self.moments[:, rows[:, None], rows], self.cross[:, rows])
 
     def transform(self, matrix: torch.Tensor) -> "NormalEquations":
         """For u' = matrix @ u, matrix (inputs', inputs)."""
@@ -211,7 +212,7 @@ def damped_inverse(moments: torch.Tensor, damping: torch.Tensor) -> torch.Tensor
     factor, failed = _factor(moments, damping)
     if int(failed):  # not positive definite to rounding
         return torch.linalg.inv(moments + torch.diag(damping))
-    return torch.cholesky_inverse(factor)
+    return torch.cholesky_inverse(factor, out=factor)
 
 
 def ridge(
@@ -230,6 +231,7 @@ def ridge(
     """
     if equations.tokens < FEW_TOKENS * equations.inputs:
         strengths = [strength for strength in strengths if strength >= _STRONG] or strengths
+    give_back(equations.moments.nbytes)  # what the batches left, before copies are made of the sums
     best: tuple[float, float] | None = None
     if any(float(fold.trace()) <= 0.0 for fold in equations.moments):
         best = (0.0, strengths[0])  # nothing is held out, or everything: stay close to the prior

@@ -60,7 +60,7 @@ def compression_memory(dense: PreTrainedModel) -> int:
     """Bytes of a result as large as the dense model, one block's normal equations, and one batch of its rows.
 
     The yardstick for what search and refit take beside the loaded model. Solving the equations takes a few copies of
-    them more, and the allocator keeps pages that were given back.
+    them more.
     """
     config: Any = dense.config
     bert = config.model_type == "bert"
