@@ -14,6 +14,7 @@ subspace; `model.lift` maps final hidden states back to the dense space.
 
 import copy
 from collections.abc import Callable
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -53,6 +54,7 @@ from .modeling_tcsp import (
     activate,
     even_heads,
     is_watched,
+    lay_out_as_ever,
     lay_out_for_rows,
     may_overwrite,
     sequences_at_a_time,
@@ -215,7 +217,9 @@ class TCSPT5FeedForwardLayer(T5LayerFF):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         inner: Any = self.DenseReluDense
-        if not may_overwrite() or is_watched(inner) or inner.training:
+        dropouts = (inner.dropout, self.dropout)
+        busy = any(module.training or is_watched(module) for module in dropouts)
+        if busy or not may_overwrite() or is_watched(inner) or inner.training:
             return super().forward(hidden_states)
         read = self.layer_norm(hidden_states)
         if hasattr(inner, "wi_1"):
@@ -496,6 +500,7 @@ class _EncoderDecoder(TCSPT5PreTrainedModel):
     """
 
     def __init__(self, config: TCSPT5Config) -> None:
+        config.tie_word_embeddings = True  # whatever from_pretrained was told: tie_lm_head speaks for lm_head
         # the stock model's __init__, next in the order of resolution, would build dense stacks
         PreTrainedModel.__init__(self, config)
         config.check()
@@ -548,6 +553,7 @@ def _decoding_linears(decoder: nn.Module) -> list[Any]:
 
 class TCSPT5ForConditionalGeneration(_EncoderDecoder, T5ForConditionalGeneration, GenerationMixin):
     _auto_class = "AutoModelForSeq2SeqLM"
+    _laid_out = False
     _tied_weights_keys: ClassVar[dict[str, str]] = {
         "encoder.embed_tokens.weight": "shared.weight",
         "decoder.embed_tokens.weight": "shared.weight",
@@ -569,9 +575,33 @@ class TCSPT5ForConditionalGeneration(_EncoderDecoder, T5ForConditionalGeneration
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `generate`. On a processor the decoder's weights are first laid out for it, once."""
         if not self.training:
-            own = [linear for linear in (*_decoding_linears(self.decoder), self.lm_head)]
+            own = self._linears_of_a_step()
             lay_out_for_rows(linear for linear in own if linear.weight is not self.shared.weight)
+            self._laid_out = True
         return super().generate(*args, **kwargs)
+
+    def _linears_of_a_step(self) -> list[Any]:
+        return [*_decoding_linears(self.decoder), self.lm_head]
+
+    def _lay_out_as_ever(self) -> None:
+        if self._laid_out:
+            lay_out_as_ever(self._linears_of_a_step())
+            self._laid_out = False
+
+    @wraps(T5ForConditionalGeneration.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._lay_out_as_ever()  # it is trained from here on
+        return super().forward(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "TCSPT5ForConditionalGeneration":
+        if mode:
+            self._lay_out_as_ever()
+        return super().train(mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._lay_out_as_ever()
+        return super().state_dict(*args, **kwargs)
 
 
 class TCSPT5ForQuestionAnswering(_EncoderDecoder, T5ForQuestionAnswering):

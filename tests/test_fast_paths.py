@@ -5,7 +5,17 @@ import copy
 import pytest
 import torch
 import transformers
-from common import ONE_SOURCE_CASES, Case, find, largest_difference, make_inputs, make_uneven, outputs, rounding_error
+from common import (
+    ONE_SOURCE_CASES,
+    Case,
+    find,
+    largest_difference,
+    make_inputs,
+    make_labels,
+    make_uneven,
+    outputs,
+    rounding_error,
+)
 
 from tcsp_hf import modeling_tcsp, modeling_tcsp_bert, modeling_tcsp_t5
 
@@ -61,3 +71,54 @@ def test_layout_for_decoding_keeps_values_and_files(tmp_path):
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert all(torch.equal(value, before[name]) and value.is_contiguous() for name, value in again.state_dict().items())
+
+
+GENERATING = find("t5-ForConditionalGeneration")
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_generating_between_steps_does_not_change_the_training(mode: str) -> None:
+    """Optimizers with fused kernels expect a weight's layout to stay what it was at the first step."""
+    inputs = make_inputs(GENERATING)
+    batch = {**inputs, **make_labels(GENERATING, inputs)}
+    found = []
+    for generates in (False, True):
+        model = make_uneven(GENERATING, torch.float32, dropout_rate=0.0).train(mode == "train")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        for _ in range(4):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if generates:
+                model.eval().generate(inputs["input_ids"], max_new_tokens=2)
+                model.train(mode == "train")
+        found.append({name: value.clone() for name, value in model.state_dict().items()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_weights_are_ordinary_again_after_generating() -> None:
+    inputs = make_inputs(GENERATING)
+    model = make_uneven(GENERATING, torch.float32)
+    with torch.inference_mode():
+        model.generate(inputs["input_ids"], max_new_tokens=2)
+    assert not all(weight.is_contiguous() for weight in model.parameters()), "nothing was laid out"
+    assert all(value.is_contiguous() for value in model.state_dict().values())
+    model.generate(inputs["input_ids"], max_new_tokens=2)
+    model(**inputs, **make_labels(GENERATING, inputs)).loss.backward()
+    assert all(weight.grad.is_contiguous() for weight in model.parameters() if weight.grad is not None)
+    torch.nn.utils.parameters_to_vector(model.parameters())
+    model.generate(inputs["input_ids"], max_new_tokens=2)  # within a step
+    assert all(weight.is_contiguous() for weight in model.parameters())
+
+
+def test_dropout_alone_may_be_training() -> None:
+    """Monte Carlo dropout: the model in evaluation mode, its dropouts not."""
+    model = make_uneven(find("t5-EncoderModel"), torch.float32)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.train("DenseReluDense" in name)
+            module.p = 0.5
+    inputs = make_inputs(find("t5-EncoderModel"))
+    with torch.no_grad():
+        one, other = (model(**inputs).last_hidden_state for _ in range(2))
+    assert not torch.equal(one, other)

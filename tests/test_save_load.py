@@ -395,3 +395,13 @@ def test_model_type_of_another_library_is_refused(tmp_path):
     transformers.BertConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model_type is 'bert', which is no compressed model; allowed: tcsp_bert"):
         TCSPConfig.from_pretrained(tmp_path)
+
+
+def test_untied_stacks_cannot_be_asked_for(tmp_path: Path) -> None:
+    """Where a stock T5 takes `tie_word_embeddings=False` its stacks share a table all the same."""
+    case = find("t5-ForConditionalGeneration")
+    small, inputs = make_small(case), make_inputs(case)
+    small.save_pretrained(tmp_path)
+    loaded = type(small).from_pretrained(tmp_path, tie_word_embeddings=False)
+    assert loaded.decoder.embed_tokens.weight is loaded.shared.weight
+    assert largest_difference(outputs(case, small, inputs), outputs(case, loaded, inputs)) <= 1e-6

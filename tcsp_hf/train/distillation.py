@@ -78,7 +78,7 @@ class Distiller:
         if not self.writes or inputs.get("labels") is not None or inputs.get("decoder_input_ids") is not None:
             return inputs
         self.teacher.eval()
-        config = self.teacher.config
+        ends = self.teacher.generation_config.eos_token_id
         tokens = self.teacher.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs.get("attention_mask"),
@@ -86,7 +86,7 @@ class Distiller:
             do_sample=False,
             num_beams=1,
         )[:, 1:]
-        ended = (tokens == config.eos_token_id).long()
+        ended = torch.isin(tokens, tokens.new_tensor([] if ends is None else ends)).long()
         after_end = (ended.cumsum(1) - ended) > 0
         return {**inputs, "labels": tokens.masked_fill(after_end, -100)}
 

@@ -93,11 +93,9 @@ class _CompressingTrainer(Trainer):
                 raise TCSPError("The model is dense, so a budget is needed: give remove= or hidden_size=.")
             if args.remove is not None or args.hidden_size is not None:
                 check_request(_plain(self.model), remove=args.remove, hidden_size=args.hidden_size, axes=args.axes)
-            if self.optimizer is not None:
-                raise TCSPError(
-                    "An optimizer of the dense model was given, but training makes a new, compressed model: give "
-                    "optimizer_cls_and_kwargs instead."
-                )
+            if hasattr(self.model, "get_base_model"):
+                raise TCSPError("A dense model with adapters was given: compress the model first, then wrap it.")
+            self._check_no_optimizer()
         self.model_accepts_loss_kwargs = False  # its losses are means over a batch: steps that add up must be averaged
         if teacher is not None and is_compressed(teacher):
             raise TCSPError("teacher is a compressed model; it must be the dense one.")
@@ -126,6 +124,8 @@ class _CompressingTrainer(Trainer):
         if trial is not None:
             self._hp_search_setup(trial)  # a search may be over the budget
         self._checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
+        if self.model_init is None and not is_compressed(self.model):
+            self._check_no_optimizer()
         self._check_data()
         self._check_lessons()
         self._starting = True
@@ -155,7 +155,7 @@ class _CompressingTrainer(Trainer):
         if is_compressed(self.model):
             raise TCSPError("The model is compressed already.")
         self._check_data()
-        dense: Any = self.model
+        dense: Any = self._as_it_is(self.model)
         if self.place_model_on_device:
             self._move_model_to_device(dense, self.args.device)
         return self._statistics(self._cut(dense))
@@ -168,6 +168,7 @@ class _CompressingTrainer(Trainer):
         """
         if is_compressed(self.model):
             raise TCSPError("The model is compressed already.")
+        self._check_no_optimizer()
         self._check_data()
         self.teacher = self._teacher_of(_plain(self.model))
         self._take(self._compressed(self.model))
@@ -240,6 +241,7 @@ class _CompressingTrainer(Trainer):
             known = [model_fingerprint(model) for model in candidates]
             self._record = check_resumable(self._checkpoint, budget, known)
             return load_model(str(self._checkpoint), "auto", str(self.args.device))
+        self._as_it_is(dense)
         if self.place_model_on_device:
             self._move_model_to_device(dense, self.args.device)
         cut = self._cut(dense)
@@ -267,6 +269,16 @@ class _CompressingTrainer(Trainer):
         logger.info("Compressed: %.1f %% of the parameters removed.", 100 * removed_fraction(dense, small))
         return small
 
+    @staticmethod
+    def _as_it_is(dense: Any) -> Any:
+        """The model without the autocast that an evaluation in half precision put around its forward pass."""
+        own = vars(dense).pop("_original_forward", None)  # accelerate's name; its unwrap_model takes decorators off too
+        if own is not None:
+            vars(dense).pop("forward", None)
+            if dense.forward != own:  # it was another one's before
+                dense.forward = own
+        return dense
+
     def _cut(self, dense: Any) -> Any:
         """What is calibrated and compressed: the dense model, or the one below its head where that is new."""
         if self.teacher is dense or new_head(dense) is None or not has_body(dense):
@@ -288,10 +300,12 @@ class _CompressingTrainer(Trainer):
             if not rows:
                 return None  # fewer sequences than ranks
             flat = all(_is_flat(row) for row in rows)
-            data: Any = [{name: row[name] for name in _ROW_NAMES if name in row} for row in rows]
+            data: Any = self._loader(rows)
+            if flat:
+                data = [{name: row[name] for name in _ROW_NAMES if name in row} for row in rows]
             return calibrate(
                 dense,
-                data if flat else self._loader(rows),
+                data,
                 tokenizer=self.processing_class,
                 pooling=self.args.pooling,
                 seed=self.args.seed,
@@ -302,18 +316,19 @@ class _CompressingTrainer(Trainer):
         self.calibration = Calibration.merge(parts) if len(parts) > 1 else parts[0] if parts else None
         return self.calibration
 
-    def _calibration_rows(self) -> list[dict[str, Any]]:
+    def _calibration_rows(self) -> list[Any]:
         """This rank's share of the sequences to calibrate on."""
         rank, size = rank_and_size()
         data: Any = self.train_dataset
         if hasattr(data, "__len__"):
             generator = torch.Generator().manual_seed(self.args.seed)
             chosen = torch.randperm(len(data), generator=generator)[: self.args.calibration_samples].tolist()
-            return [dict(data[i]) for i in chosen[rank::size]]
-        return [dict(row) for row in itertools.islice(data, rank, self.args.calibration_samples, size)]
+            return [data[i] for i in chosen[rank::size]]
+        return list(itertools.islice(data, rank, self.args.calibration_samples, size))
 
-    def _loader(self, rows: list[dict[str, Any]]) -> DataLoader[Any]:
-        rows = sorted(rows, key=lambda row: len(row["input_ids"]) if "input_ids" in row else 0)
+    def _loader(self, rows: list[Any]) -> DataLoader[Any]:
+        known = all(isinstance(row, Mapping) and "input_ids" in row for row in rows)
+        rows = sorted(rows, key=lambda row: len(row["input_ids"])) if known else rows
         return DataLoader(rows, batch_size=32, collate_fn=self._collator())  # type: ignore[arg-type]
 
     def _collator(self) -> Any:
@@ -373,7 +388,8 @@ class _CompressingTrainer(Trainer):
         inputs = distiller.complete(inputs)
         with distiller.recording(small) as carried:
             if labelled and share < 1.0:
-                loss, outputs = super().compute_loss(model, dict(inputs), True)
+                count = self._get_num_items_in_batch([inputs], self.args.device)  # losses are means over a batch
+                loss, outputs = super().compute_loss(model, dict(inputs), True, count)
             else:
                 loss, outputs = None, model(**distiller.without_labels(inputs))
         learnt = distiller.loss(small, inputs, outputs, carried)
@@ -382,22 +398,39 @@ class _CompressingTrainer(Trainer):
 
     # Data and checkpoints -------------------------------------------------------------------------------------------
 
+    def _check_no_optimizer(self) -> None:
+        """Raise TCSPError where there is an optimizer already, which would go on training the dense model."""
+        if self.optimizer is not None:
+            raise TCSPError(
+                "There is an optimizer of the dense model, but training makes a new, compressed model: choose it by "
+                "optim= in the arguments (or give optimizer_cls_and_kwargs to TCSPTrainer), or call compress() before "
+                "an optimizer is made."
+            )
+
     def _check_data(self) -> None:
         """Refuse data that the model could not read, before any work.
 
         Raises:
             TCSPError: no data, or columns that the model cannot read.
         """
-        if self.train_dataset is None:
+        data = self.train_dataset
+        if data is None:
             raise TCSPError("There is no train_dataset: give one.")
-        self._first_batch("train_dataset", self.train_dataset)
+        if iter(data) is iter(data):
+            raise TCSPError(
+                "train_dataset can be read only once (its __iter__ gives the same iterator again), but its first rows "
+                "are read before the training, to check and calibrate: let __iter__ start anew."
+            )
+        self._first_batch("train_dataset", data)
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         for name, data in evaluated.items():
             if data is not None and self.args.eval_strategy != "no":
                 self._first_batch(f"eval_dataset {name}".strip(), data)
 
     def _check_lessons(self) -> None:
-        """Raise TCSPError where the data has no labels and there is no teacher."""
+        """Raise TCSPError where the data has no labels and there is no teacher, nor a loss of the user's own."""
+        if self.compute_loss_func is not None or type(self).compute_loss is not _CompressingTrainer.compute_loss:
+            return
         batch = self._first_batch("train_dataset", self.train_dataset)
         labelled = any(batch.get(name) is not None for name in self.label_names)
         if self.model_init is not None:  # makes another one like the first
@@ -466,8 +499,8 @@ def _reentrant(args: TCSPTrainingArguments) -> bool:
     return any(bool((getattr(args, name, None) or {}).get("use_reentrant")) for name in names)
 
 
-def _is_flat(row: dict[str, Any]) -> bool:
-    ids = row.get("input_ids")
+def _is_flat(row: Any) -> bool:
+    ids = row.get("input_ids") if isinstance(row, Mapping) else None
     return ids is not None and len(ids) > 0 and not hasattr(ids[0], "__len__") and getattr(ids, "ndim", 1) == 1
 
 
