@@ -77,7 +77,42 @@ def family_of(model: PreTrainedModel) -> tuple[str, str]:
         if getattr(model.config, "position_embedding_type", "absolute") not in ("absolute", None):
             kind = model.config.position_embedding_type
             raise TCSPError(f"{name} has position_embedding_type={kind!r}: only 'absolute' is supported.")
+    _check_layout(model, family)
     return family, head
+
+
+def _check_layout(model: Any, family: str) -> None:
+    """Raise TCSPError where layers, linears or a head are not those that the configuration speaks of."""
+    name, config = type(model).__name__, model.config
+    stacks = {"num_hidden_layers" if family == "bert" else "num_layers": model.base_model.encoder}
+    if getattr(model.base_model, "decoder", None) is not None:
+        stacks["num_decoder_layers"] = model.base_model.decoder
+    for field, stack in stacks.items():
+        layers = stack.layer if family == "bert" else stack.block
+        if not len(layers) == getattr(config, field) > 0:
+            raise TCSPError(
+                f"{name} has {len(layers)} layers and {field}={getattr(config, field)}: both must be one number above "
+                "0. Set the configuration's to what the model has."
+            )
+        for part, module in layers.named_modules():
+            weight = getattr(module, "weight", None)
+            dense = isinstance(weight, torch.Tensor) and weight.dtype.is_floating_point
+            if "Linear" in type(module).__name__ and not dense:
+                raise TCSPError(
+                    f"{name}'s layer.{part} is quantised ({type(module).__name__}): load the model in float32, float16 "
+                    "or bfloat16, compress it, and quantise the result."
+                )
+    if family == "bert":
+        labels = 1 if name.endswith("ForMultipleChoice") else config.num_labels
+        for part, size in (("classifier", labels), ("qa_outputs", labels), ("cls.seq_relationship", 2)):
+            owner, _, last = part.rpartition(".")
+            linear = getattr(getattr(model, owner, None) if owner else model, last, None)
+            plain = isinstance(linear, nn.Linear) and linear.bias is not None
+            if linear is not None and not (plain and linear.out_features == size):
+                raise TCSPError(
+                    f"{name}'s {part} is not a linear with a bias and {size} outputs. A head of your own goes on a "
+                    "compressed body: compress the model below it (base_model)."
+                )
 
 
 def dense_hidden_size(model: PreTrainedModel) -> int:

@@ -34,7 +34,6 @@ _FLAGS = (
     "add_cross_attention",
     "tie_word_embeddings",
     "return_dict",
-    "output_hidden_states",
     "output_attentions",
     "use_return_dict",
 )
@@ -185,8 +184,7 @@ class TCSPConfig(PreTrainedConfig):
         own = sorted(field for field in cls.__dataclass_fields__ if field.startswith(cls.own_prefixes))
         if name in cls.__dataclass_fields__ or name.startswith("_") or hasattr(cls, name):
             return []
-        close = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
-        return close or (own if name.startswith(cls.own_prefixes) else [])
+        return difflib.get_close_matches(name, own, n=1, cutoff=0.85)
 
     def _check_inherited(self, given: dict[str, Any]) -> None:
         """Refuse values that transformers' own configuration would take, to fail on them later or read them wrongly.
@@ -198,6 +196,10 @@ class TCSPConfig(PreTrainedConfig):
             value = given.get(name)
             if value is not None and not isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}; it must be true or false.")
+        layers = given.get("output_hidden_states")  # transformers takes a layer, or several, too
+        for value in layers if isinstance(layers, (list, tuple)) else [layers]:
+            if value is not None and not isinstance(value, int):
+                raise ValueError(f"output_hidden_states is {layers!r}; it must be true, false or a list of layers.")
         for name in ("dtype", "torch_dtype"):
             value = given.get(name)
             known = isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
@@ -223,6 +225,10 @@ class TCSPConfig(PreTrainedConfig):
             settable = isinstance(found, property) and found.fset is not None
             if name.startswith("__") or not (found is None or settable):
                 raise ValueError(f"{type(self).__name__} has no field {name!r}; the name is taken, leave it out.")
+
+    def check_readable(self) -> None:
+        """Raise ValueError where what would be saved could not be loaded; attributes may have been set since."""
+        type(self).from_dict(self.to_dict())
 
     def check_token(self, name: str) -> None:
         """Raise ValueError unless the field is None or an entry of the vocabulary."""

@@ -8,6 +8,7 @@ from .configuration_tcsp import TCSPConfig, check_number, check_size, check_size
 AUTO_MAP = {
     "AutoConfig": "configuration_tcsp_bert.TCSPBertConfig",
     "AutoModel": "modeling_tcsp_bert.TCSPBertModel",
+    "AutoModelForTextEncoding": "modeling_tcsp_bert.TCSPBertModel",
     "AutoModelForPreTraining": "modeling_tcsp_bert.TCSPBertForPreTraining",
     "AutoModelForMaskedLM": "modeling_tcsp_bert.TCSPBertForMaskedLM",
     "AutoModelForSequenceClassification": "modeling_tcsp_bert.TCSPBertForSequenceClassification",

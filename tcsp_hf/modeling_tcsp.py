@@ -1,8 +1,11 @@
 # Copyright 2026 The tcsp_hf developers. Licensed under the Apache License, Version 2.0.
 """What every compressed model has in common: checkpoints that load anywhere, and the way back to the dense space."""
 
+import inspect
 import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -89,6 +92,7 @@ class TCSPPreTrainedMixin:
                 model's outputs went wrong when it was compressed (see `doubt`). Nothing is written then.
         """
         self.config.check()  # type: ignore[attr-defined]
+        self.config.check_readable()  # type: ignore[attr-defined]
         if not force:
             self._refuse_nan()
             if self.doubt is not None:
@@ -102,6 +106,8 @@ class TCSPPreTrainedMixin:
             options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
             options.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
         super().save_pretrained(save_directory, *args, **kwargs)
+        if args[0] if args else kwargs.get("is_main_process", True):
+            self._save_code(Path(save_directory))
         if push:
             self.push_to_hub(**options)
 
@@ -110,9 +116,19 @@ class TCSPPreTrainedMixin:
         (classes with an `_auto_class`): an attention's or a head's linears would start at the wrong scale."""
         super()._initialize_weights(module)
 
+    def _save_code(self, folder: Path) -> None:
+        """The files that `auto_map` names. transformers copies those of this package's classes, not of a subclass."""
+        here = Path(inspect.getfile(self.config_class))  # type: ignore[attr-defined]
+        named = {entry.split(".")[0] for entry in self.auto_map.values()}
+        for module in sorted({*named, "configuration_tcsp", "modeling_tcsp"}):
+            if not (folder / f"{module}.py").exists():
+                shutil.copyfile(here.with_name(f"{module}.py"), folder / f"{module}.py")
+
     def _refuse_nan(self) -> None:
         for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
-            if parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
+            small = parameter.is_floating_point() and parameter.element_size() == 1
+            values = parameter.float() if small else parameter  # float8 has no isfinite
+            if parameter.device.type != "meta" and not bool(torch.isfinite(values).all()):
                 raise ValueError(
                     f"{name} holds a NaN or an infinity, so nothing was saved: save_pretrained(..., force=True) saves "
                     "it all the same."
@@ -166,10 +182,18 @@ def is_watched(module: nn.Module) -> bool:
     return not is_plain(module, type(module))
 
 
+_transforms = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
+"""The innermost of the running `torch.func` transforms, which know few functions that overwrite; None outside."""
+
+
 def may_overwrite() -> bool:
-    """Whether a result that nobody else holds may be overwritten: no gradients, no tracing, no compiler."""
+    """Whether a result that nobody else holds may be overwritten, rather than being recorded by someone."""
     return (
-        not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and not torch.nn.modules.module._global_forward_hooks
+        and _transforms() is None
     )
 
 

@@ -195,11 +195,11 @@ class TCSPBertOutput(nn.Module):
             written.addcmul_(hidden_states, self.residual.weight)
         else:
             rows = written.view(-1, written.shape[-1])
-            torch.addmm(rows, hidden_states.reshape(-1, hidden_states.shape[-1]), self.residual.weight.t(), out=rows)
+            rows.addmm_(hidden_states.reshape(-1, hidden_states.shape[-1]), self.residual.weight.t())
         return self.norm(written, overwrite=True) if is_plain(self.norm, TCSPBertSiteNorm) else self.norm(written)
 
     def _accumulates(self, written: torch.Tensor, hidden_states: torch.Tensor) -> bool:
-        """Whether the written states are nobody else's: no gradients, no tracing, no hook on either linear.
+        """Whether the written states are nobody else's: no gradients, no tracing, no hook on what made them.
 
         A quantised or sharded weight is of another tensor class, which knows `linear` but not every product.
         """
@@ -208,6 +208,7 @@ class TCSPBertOutput(nn.Module):
             and type(self.residual.weight) is nn.Parameter
             and (is_plain(self.residual, nn.Linear) or is_plain(self.residual, TCSPBertScale))
             and is_plain(self.dense, nn.Linear)
+            and is_plain(self.dropout, nn.Dropout)
             and written.dtype == hidden_states.dtype == self.residual.weight.dtype
             and written.is_contiguous()
         )

@@ -2,6 +2,7 @@
 
 import logging
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ def test_settings_of_other_libraries(tmp_path) -> None:
     for name, value in {**others, "classifier_note": "kept"}.items():
         setattr(model.config, name, value)
     small = compress(model, statistics(CLASSIFIER, model), hidden_size=16)
-    assert not any(hasattr(small.config, name) for name in others)
+    assert not hasattr(small.config, "pooler_fc_size"), "it would be taken for pooler_size"
     small.save_pretrained(tmp_path)
     assert type(small).from_pretrained(tmp_path).config.classifier_note == "kept"
 
@@ -95,3 +96,63 @@ def test_a_plain_encoder_says_what_it_leaves_out(caplog: pytest.LogCaptureFixtur
         lifted = small.lift(expected.last_hidden_state)
     assert torch.allclose(found.pooler_output, expected.pooler_output, atol=1e-5)
     assert 1e-5 < float((found.last_hidden_state - lifted).norm() / lifted.norm()) < 0.1
+
+
+@pytest.mark.parametrize(
+    "fields", [{"chunk_size_feed_forward": 3}, {"output_hidden_states": [-1]}, {"layer_types": ["full_attention"] * 2}]
+)
+def test_fields_that_change_no_result(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Rows of nine tokens: chunks of three divide them, so that the dense model runs."""
+    case = find("bert-ForSequenceClassification")
+    drawn = torch.randint(2, 100, (60, 9), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": ids} for ids in drawn.tolist()]
+    found = []
+    for given in ({}, fields):
+        dense = make_dense(case, torch.float32, **given)
+        small = compress(dense, calibrate(dense, rows, progress=False), remove=0.3)
+        assert all(getattr(dense.config, name) == value for name, value in given.items())
+        assert dense.base_model.encoder.layer[0].chunk_size_feed_forward == given.get("chunk_size_feed_forward", 0)
+        small.save_pretrained(tmp_path / str(len(found)))
+        found.append(type(small).from_pretrained(tmp_path / str(len(found))))
+    with torch.no_grad():
+        one, other = (model(input_ids=torch.tensor([rows[0]["input_ids"]])).logits for model in found)
+    assert torch.allclose(one, other, atol=1e-5)
+
+
+def _other_head(model: Any) -> None:
+    model.classifier = torch.nn.Linear(32, 5)
+
+
+def _head_without_bias(model: Any) -> None:
+    model.classifier = torch.nn.Linear(32, 3, bias=False)
+
+
+def _deep_head(model: Any) -> None:
+    model.classifier = torch.nn.Sequential(torch.nn.Linear(32, 3))
+
+
+def _fewer_layers(model: Any) -> None:
+    model.bert.encoder.layer = model.bert.encoder.layer[:1]
+
+
+def _int8(model: Any) -> None:
+    torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, inplace=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("alter", "said"),
+    [
+        (_other_head, "classifier is not a linear"),
+        (_head_without_bias, "classifier is not a linear"),
+        (_deep_head, "classifier is not a linear"),
+        (_fewer_layers, "has 1 layers and num_hidden_layers=2"),
+        (_int8, "is quantised"),
+    ],
+)
+def test_models_that_are_not_what_their_configuration_says(alter: Any, said: str) -> None:
+    """One error before any work, where a tensor of another shape would be met after the calibration."""
+    dense = make_dense(find("bert-ForSequenceClassification"), torch.float32)
+    alter(dense)
+    with pytest.raises(TCSPError, match=said):
+        calibrate(dense, [{"input_ids": [2, 3, 4]}] * 4, progress=False)

@@ -1,6 +1,7 @@
 """What processors do faster, written over, in parts or laid out anew, gives what the plain way gives."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -122,3 +123,36 @@ def test_dropout_alone_may_be_training() -> None:
     with torch.no_grad():
         one, other = (model(**inputs).last_hidden_state for _ in range(2))
     assert not torch.equal(one, other)
+
+
+def test_what_a_hook_saw_stays_as_it_was() -> None:
+    """Of a dropout, whose result would be written over; and a hook on all modules."""
+    case = find("bert-Model")
+    model, inputs = make_uneven(case), make_inputs(case)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            seen.append((output, output.clone()))
+
+    own = [layer.output.dropout.register_forward_hook(keep) for layer in model.encoder.layer]
+    outputs(case, model, inputs)
+    for hook in own:
+        hook.remove()
+    with torch.nn.modules.module.register_module_forward_hook(keep):
+        outputs(case, model, inputs)
+    assert len(seen) > 20 and all(torch.equal(tensor, copied) for tensor, copied in seen)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, by torch.func itself
+def test_function_transforms_without_gradients() -> None:
+    case = find("bert-ForSequenceClassification")
+    model, ids = make_uneven(case), make_inputs(case)["input_ids"]
+    model.set_attn_implementation("eager")
+    states = model.get_input_embeddings()(ids).detach()
+    with torch.no_grad():
+        together = torch.func.vmap(lambda one: model(inputs_embeds=one[None]).logits[0])(states)
+        alone = torch.stack([model(inputs_embeds=one[None]).logits[0] for one in states])
+        _, change = torch.func.jvp(lambda x: model(inputs_embeds=x).logits, (states,), (torch.ones_like(states),))
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert bool(change.abs().sum() > 0)

@@ -405,3 +405,36 @@ def test_untied_stacks_cannot_be_asked_for(tmp_path: Path) -> None:
     loaded = type(small).from_pretrained(tmp_path, tie_word_embeddings=False)
     assert loaded.decoder.embed_tokens.weight is loaded.shared.weight
     assert largest_difference(outputs(case, small, inputs), outputs(case, loaded, inputs)) <= 1e-6
+
+
+class Widened(tcsp_hf.TCSPBertForSequenceClassification):  # type: ignore[name-defined, misc]
+    """A user's own subclass, in a file that is none of this package's."""
+
+
+def test_what_is_saved_can_be_loaded(tmp_path: Path) -> None:
+    case = find("bert-ForSequenceClassification")
+    small = make_uneven(case)
+    for name in ("projection_dim", "mlm_probability", "pooler_type", "layer_attention_dropout"):
+        setattr(small.config, name, 0.1)  # names that a head of one's own may take
+    small.config.output_hidden_states = [-1]
+    small.save_pretrained(tmp_path / "odd")
+    loaded = type(small).from_pretrained(tmp_path / "odd")
+    assert loaded.config.projection_dim == 0.1 and loaded.config.output_hidden_states == [-1]
+    small.config.site_hiden_sizes = [8]
+    with pytest.raises(ValueError, match="site_hidden_sizes"):
+        small.save_pretrained(tmp_path / "misspelled")
+    assert not (tmp_path / "misspelled").exists()
+
+
+def test_a_subclass_takes_the_code_along(tmp_path: Path) -> None:
+    make_uneven(find("bert-ForSequenceClassification")).save_pretrained(tmp_path / "own")
+    Widened.from_pretrained(tmp_path / "own").save_pretrained(tmp_path / "widened")
+    assert {*CODE["bert"]} <= {path.name for path in (tmp_path / "widened").iterdir()}
+
+
+def test_float8_weights_are_saved(tmp_path: Path) -> None:
+    small = make_uneven(find("bert-Model"))
+    weight = small.encoder.layer[0].output.dense.weight
+    weight.data = weight.data.to(torch.float8_e4m3fn)
+    small.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["encoder.layer.0.output.dense.weight"].dtype == weight.dtype

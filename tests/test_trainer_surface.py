@@ -122,3 +122,12 @@ def test_a_dense_model_with_adapters_is_refused(tmp_path: Path) -> None:
     dense = get_peft_model(make_dense(CLASSIFIER, torch.float32), LoraConfig(target_modules=["query"]))
     with pytest.raises(TCSPError, match="compress the model first"):
         make_trainer(CLASSIFIER, tmp_path, model=dense)
+
+
+def test_residual_maps_do_not_decay(tmp_path: Path) -> None:
+    """They hold the norms' weights, which transformers leaves out."""
+    trainer = make_trainer(CLASSIFIER, tmp_path)
+    small = trainer.compress()
+    names = trainer.get_decay_parameter_names(small)
+    assert any(name.endswith("output.dense.weight") for name in names)
+    assert not any("residual" in name or "norm" in name for name in names)

@@ -40,7 +40,7 @@ def config_fields(dense: PreTrainedModel, widths: dict[str, int], sizes: Sizes) 
         "head_dim": head,
         "site_hidden_sizes": sites,
         "mlm_head_size": widths.get(MLM_SITE),
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": MLM_SITE not in widths,  # a masked-LM head put on an encoder later is tied
     }
 
 

@@ -35,6 +35,10 @@ _NOT_COPIED = (
     "torch_dtype",
     "_name_or_path",
     "position_embedding_type",
+    "layer_types",
+    "per_layer_config",
+    "rope_scaling",
+    "rope_parameters",
 )
 
 

@@ -396,6 +396,10 @@ class _CompressingTrainer(Trainer):
         loss = learnt if loss is None else (1.0 - share) * loss + share * learnt
         return (loss, outputs) if return_outputs else loss
 
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """As transformers', without residual maps: the norms' weights are part of them, and those do not decay."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".residual.weight")]
+
     # Data and checkpoints -------------------------------------------------------------------------------------------
 
     def _check_no_optimizer(self) -> None:
