@@ -184,7 +184,8 @@ class TCSPConfig(PreTrainedConfig):
         own = sorted(field for field in cls.__dataclass_fields__ if field.startswith(cls.own_prefixes))
         if name in cls.__dataclass_fields__ or name.startswith("_") or hasattr(cls, name):
             return []
-        return difflib.get_close_matches(name, own, n=1, cutoff=0.85)
+        close = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
+        return close or [field for field in own if "_" in name and field.startswith(name)]
 
     def _check_inherited(self, given: dict[str, Any]) -> None:
         """Refuse values that transformers' own configuration would take, to fail on them later or read them wrongly.

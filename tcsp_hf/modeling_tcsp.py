@@ -1,17 +1,15 @@
 # Copyright 2026 The tcsp_hf developers. Licensed under the Apache License, Version 2.0.
 """What every compressed model has in common: checkpoints that load anywhere, and the way back to the dense space."""
 
-import inspect
 import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers import PreTrainedConfig, activations
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__ else "past_key_values"
@@ -107,7 +105,7 @@ class TCSPPreTrainedMixin:
             options.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
         super().save_pretrained(save_directory, *args, **kwargs)
         if args[0] if args else kwargs.get("is_main_process", True):
-            self._save_code(Path(save_directory))
+            self._save_code(save_directory)
         if push:
             self.push_to_hub(**options)
 
@@ -116,13 +114,12 @@ class TCSPPreTrainedMixin:
         (classes with an `_auto_class`): an attention's or a head's linears would start at the wrong scale."""
         super()._initialize_weights(module)
 
-    def _save_code(self, folder: Path) -> None:
-        """The files that `auto_map` names. transformers copies those of this package's classes, not of a subclass."""
-        here = Path(inspect.getfile(self.config_class))  # type: ignore[attr-defined]
-        named = {entry.split(".")[0] for entry in self.auto_map.values()}
-        for module in sorted({*named, "configuration_tcsp", "modeling_tcsp"}):
-            if not (folder / f"{module}.py").exists():
-                shutil.copyfile(here.with_name(f"{module}.py"), folder / f"{module}.py")
+    def _save_code(self, folder: str | os.PathLike[str]) -> None:
+        """The files that `auto_map` names: transformers copies those of its own class, not of what it extends."""
+        ours = {entry.split(".")[0] for entry in self.auto_map.values()}
+        own = next(kind for kind in type(self).__mro__ if kind.__module__.rpartition(".")[2] in ours)
+        if own is not type(self) or getattr(self, "_auto_class", None) is None:
+            custom_object_save(own, folder)
 
     def _refuse_nan(self) -> None:
         for name, parameter in self.named_parameters():  # type: ignore[attr-defined]

@@ -27,7 +27,19 @@ from tcsp_hf.publish.checkpoint import read_checkpoint
 PACKAGE = Path(tcsp_hf.__file__).parent
 REMOTE = sorted([*PACKAGE.glob("configuration_*.py"), *PACKAGE.glob("modeling_*.py")])
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-ALLOWED = {"torch", "transformers", "collections", "copy", "difflib", "inspect", "math", "os", "types", "typing"}
+ALLOWED = {
+    "torch",
+    "transformers",
+    "collections",
+    "copy",
+    "difflib",
+    "functools",
+    "inspect",
+    "math",
+    "os",
+    "types",
+    "typing",
+}
 OF_OS = {"PathLike", "path"}
 FORBIDDEN_CALLS = {"open", "exec", "eval", "compile", "__import__", "input", "breakpoint"}
 FORBIDDEN_METHODS = {"write_text", "write_bytes", "read_text", "read_bytes", "unlink", "system", "load", "hub"}
