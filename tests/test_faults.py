@@ -26,6 +26,11 @@ ROUNDS, SEED = int(os.environ.get("TCSP_ROUNDS", "0")), int(os.environ.get("TCSP
 BERT = find("bert-ForSequenceClassification")
 
 
+def _was_killed(said: str) -> bool:
+    """What the launcher reports first: the killed rank, or the other one, whose connection broke."""
+    return "SIGKILL" in said or "by peer" in said
+
+
 @pytest.mark.slow
 def test_broken_connections(tmp_path: Path) -> None:
     old, new = save(BERT, tmp_path / "old", hidden_size=8), save(BERT, tmp_path / "new", hidden_size=16)
@@ -80,7 +85,7 @@ def test_a_rank_killed_in_the_calibration(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         victim, batch = str((number + SEED) % 2), str(2 + (number // 2 + SEED) % 4)
         done = on_two_ranks(str(tmp_path / "rank.py"), str(folder), victim, batch)
-        assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr
+        assert done.returncode != 0 and _was_killed(done.stderr), done.stderr
         assert not (folder / "stats").exists()
         again = on_two_ranks(str(tmp_path / "rank.py"), str(folder), "-1", "0")
         assert again.returncode == 0, again.stderr
@@ -128,7 +133,7 @@ def test_a_rank_killed_in_the_training(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     assert run(tmp_path / "whole", -1).returncode == 0
     done = run(tmp_path / "killed", 1)
-    assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr
+    assert done.returncode != 0 and _was_killed(done.stderr), done.stderr
     assert not list((tmp_path / "killed").glob("*.pt"))
     again = run(tmp_path / "killed", -1, resume=True)
     assert again.returncode == 0, again.stderr
