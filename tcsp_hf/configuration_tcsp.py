@@ -185,7 +185,7 @@ class TCSPConfig(PreTrainedConfig):
         if name in cls.__dataclass_fields__ or name.startswith("_") or hasattr(cls, name):
             return []
         close = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
-        return close or [field for field in own if "_" in name and field.startswith(name)]
+        return close or (own if name.startswith(cls.own_prefixes) else [])
 
     def _check_inherited(self, given: dict[str, Any]) -> None:
         """Refuse values that transformers' own configuration would take, to fail on them later or read them wrongly.

@@ -269,7 +269,7 @@ BERT_WRONG = [
     ({"site_hidden_size": [1]}, "no field 'site_hidden_size' .*; allowed: site_hidden_sizes"),
     ({"layer_atention_heads": [1, 2]}, "no field 'layer_atention_heads' .*; allowed: layer_attention_heads"),
     ({"projektion": {}}, "no field 'projektion' .*; allowed: projection"),
-    ({"site_hidden": 4}, "no field 'site_hidden'"),
+    ({"site_depth": 4}, "no field 'site_depth'"),
 ]
 T5_WRONG = [
     ({"vocab_size": 0}, "vocab_size is 0"),
@@ -303,7 +303,7 @@ T5_WRONG = [
     ({"vocab_size": None}, "vocab_size"),
     ({"d_model": "24"}, "d_model"),
     ({"encoder_layer_keptheads": [[0]]}, "no field 'encoder_layer_keptheads' .*; allowed: encoder_layer_kept_heads"),
-    ({"encoder_hidden": 3}, "no field 'encoder_hidden'"),
+    ({"decoder_hidden": 3}, "no field 'decoder_hidden'"),
     ({"source_hidden": 3}, "no field 'source_hidden'"),
 ]
 

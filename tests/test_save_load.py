@@ -411,19 +411,29 @@ class Widened(tcsp_hf.TCSPBertForSequenceClassification):  # type: ignore[name-d
     """A user's own subclass, in a file that is none of this package's."""
 
 
-def test_what_is_saved_can_be_loaded(tmp_path: Path) -> None:
-    case = find("bert-ForSequenceClassification")
-    small = make_uneven(case)
-    for name in ("projection_dim", "mlm_probability", "pooler_type", "layer_attention_dropout"):
-        setattr(small.config, name, 0.1)  # names that a head of one's own may take
+@pytest.mark.parametrize("name", ["projection_dim", "mlm_probability", "pooler_type", "site_hiden_sizes"])
+def test_what_could_not_be_loaded_is_not_saved(name: str, tmp_path: Path) -> None:
+    """An attribute that was set since, and that a configuration of ours refuses when it is read."""
+    small = make_uneven(find("bert-ForSequenceClassification"))
+    setattr(small.config, name, 0.1)
+    with pytest.raises(ValueError, match=f"no field '{name}'"):
+        small.save_pretrained(tmp_path / "odd")
+    assert not (tmp_path / "odd").exists()
+
+
+def test_some_layers_hidden_states_are_a_field_of_stock_models(tmp_path: Path) -> None:
+    small = make_uneven(find("bert-ForSequenceClassification"))
     small.config.output_hidden_states = [-1]
-    small.save_pretrained(tmp_path / "odd")
-    loaded = type(small).from_pretrained(tmp_path / "odd")
-    assert loaded.config.projection_dim == 0.1 and loaded.config.output_hidden_states == [-1]
-    small.config.site_hiden_sizes = [8]
-    with pytest.raises(ValueError, match="site_hidden_sizes"):
-        small.save_pretrained(tmp_path / "misspelled")
-    assert not (tmp_path / "misspelled").exists()
+    small.save_pretrained(tmp_path)
+    assert type(small).from_pretrained(tmp_path).config.output_hidden_states == [-1]
+
+
+def test_a_masked_lm_on_an_encoder_is_tied(tmp_path: Path) -> None:
+    """As a stock one: its decoder starts from the embeddings, not at random."""
+    make_small(find("bert-Model")).save_pretrained(tmp_path)
+    kinds = {"output_loading_info": True}  # its head is new, which is said there
+    model, _ = tcsp_hf.TCSPBertForMaskedLM.from_pretrained(tmp_path, **kinds)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def test_a_subclass_takes_the_code_along(tmp_path: Path) -> None:

@@ -18,8 +18,7 @@ def _malloc_trim() -> Any:
 def give_back(freed: int) -> None:
     """Give freed memory back to the system, where matrices of `freed` bytes came and went.
 
-    glibc keeps the pages of what was freed from its heap, blocks of up to 32 MB among them: the refit of a MiniLM grew
-    to 570 MB where 320 MB were in use.
+    glibc keeps the pages of what was freed from its heap, blocks of up to 32 MB among them.
     """
     trim = _malloc_trim()
     if freed >= _WORTH and trim is not None:

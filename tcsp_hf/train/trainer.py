@@ -241,7 +241,7 @@ class _CompressingTrainer(Trainer):
             known = [model_fingerprint(model) for model in candidates]
             self._record = check_resumable(self._checkpoint, budget, known)
             return load_model(str(self._checkpoint), "auto", str(self.args.device))
-        self._as_it_is(dense)
+        dense = self._as_it_is(dense)
         if self.place_model_on_device:
             self._move_model_to_device(dense, self.args.device)
         cut = self._cut(dense)
@@ -300,12 +300,10 @@ class _CompressingTrainer(Trainer):
             if not rows:
                 return None  # fewer sequences than ranks
             flat = all(_is_flat(row) for row in rows)
-            data: Any = self._loader(rows)
-            if flat:
-                data = [{name: row[name] for name in _ROW_NAMES if name in row} for row in rows]
+            plain = [{name: row[name] for name in _ROW_NAMES if name in row} for row in rows] if flat else []
             return calibrate(
                 dense,
-                data,
+                plain if flat else self._loader(rows),
                 tokenizer=self.processing_class,
                 pooling=self.args.pooling,
                 seed=self.args.seed,
