@@ -186,7 +186,7 @@ class CurveMeasure:
         portion: list[Block] = []
         used = 0
         for block in wanted:
-            size = 8 * self._inputs(block) ** 2
+            size = NormalEquations.room(self._inputs(block))
             if portion and used + size > room:
                 yield portion
                 portion, used = [], 0

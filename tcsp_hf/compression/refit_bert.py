@@ -28,6 +28,7 @@ from ..offload import device_of
 from .cuts import cut_filters, cut_values, head_rows
 from .heads import score_factors, score_moments
 from .least_squares import NormalEquations, ridge
+from .memory import give_back
 from .metrics import Metrics
 from .plan import Sizes
 from .streams import Group, PackedSample, Stream
@@ -311,9 +312,10 @@ class BertRefit:
 
         for kind, index in (("weight", 0), ("bias", 1)):
             self._made(f"{name}.self.qkv.{kind}", torch.cat([part[index] for part in (query, key, value)]))
-        result = self._solve_writer(
-            site + 1, f"{name}.output", equations, prior, free, read_contexts, carried, next_dense
-        )
+        solution, next_basis = self._solve_writer(site + 1, equations, prior)
+        del equations, prior  # the sums are the largest thing here
+        give_back(8 * len(solution) ** 2)
+        result = self._write(site + 1, f"{name}.output", solution, next_basis, free, read_contexts, carried, next_dense)
         for stream_ in (contexts, scales, carried, dense):
             stream_.close()
         return result
@@ -347,9 +349,10 @@ class BertRefit:
         def kept_neurons(rows: slice) -> torch.Tensor:
             return self.activation(nn.functional.linear(carried.read(rows).to(self.device), *inner))
 
-        result = self._solve_writer(
-            site + 1, f"{name}.output", equations, prior, free, kept_neurons, carried, next_dense
-        )
+        solution, next_basis = self._solve_writer(site + 1, equations, prior)
+        del equations, prior  # the sums are the largest thing here
+        give_back(8 * len(solution) ** 2)
+        result = self._write(site + 1, f"{name}.output", solution, next_basis, free, kept_neurons, carried, next_dense)
         for stream_ in (scales, carried, dense):
             stream_.close()
         return result
@@ -394,25 +397,30 @@ class BertRefit:
             self._add(equations, site, group, inputs_here, target, importance)
         return equations, prior, free
 
-    def _solve_writer(
+    def _solve_writer(self, site: int, equations: NormalEquations, prior: torch.Tensor) -> tuple[torch.Tensor, Basis]:
+        """The sum before norm `site` from its inputs, (entries, D), and the subspace of what it predicts."""
+        solution = ridge(equations, prior, self._metric(site))
+        if self.sizes.hidden[site] == self.full:
+            identity = torch.eye(self.full, dtype=torch.float64)
+            return solution, make_basis(identity, identity, self.stats.sites[self.site_names[site]].second_moment)
+        moments = equations.total[0]
+        predicted = solution.T @ moments @ solution / moments[-1, -1]
+        del moments
+        give_back(equations.moments.nbytes)
+        return solution, self._choose(site, predicted)
+
+    def _write(
         self,
         site: int,
         name: str,
-        equations: NormalEquations,
-        prior: torch.Tensor,
+        solution: torch.Tensor,
+        basis: Basis,
         free: bool,
         block: Callable[[slice], torch.Tensor],
         carried: Stream,
         next_dense: Stream,
     ) -> tuple[Basis, Stream, Stream]:
-        solution = ridge(equations, prior, self._metric(site))
-        if self.sizes.hidden[site] == self.full:
-            identity = torch.eye(self.full, dtype=torch.float64)
-            basis = make_basis(identity, identity, self.stats.sites[self.site_names[site]].second_moment)
-        else:
-            moments = equations.total[0]
-            predicted = solution.T @ moments @ solution / moments[-1, -1]
-            basis = self._choose(site, predicted)
+        """Keep the block's weights, and carry the stream through them to norm `site`."""
         written = solution @ basis.encoder.to(self.device)
         inputs = block(slice(0, 1)).shape[1]
         gamma, _ = self._norm(site - 1)
