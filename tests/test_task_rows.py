@@ -165,6 +165,8 @@ def test_ids_of_questions(folder: Maker) -> None:
     plain = [{name: value for name, value in row.items() if name != "id"} for row in questions()]
     assert SQUAD.load(source=folder(plain))["id"][:] == ["0", "1", "2", "3"]
     assert SQUAD.load(source=folder([{**row, "id": 9 - i} for i, row in enumerate(plain)]))["id"][:2] == ["9", "8"]
+    with pytest.raises(TCSPError, match=r"'id' .*holds list<"):
+        SQUAD.load(source=folder([{**row, "id": [i]} for i, row in enumerate(plain)]))
     with pytest.raises(TCSPError, match="The id '7' stands twice"):
         SQUAD.load(source=folder([{**row, "id": 7} for row in plain]))
 
@@ -172,11 +174,12 @@ def test_ids_of_questions(folder: Maker) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"id": None}, "'id' .*holds nothing in row 2"),
         ({"answers": None}, "'answers' .*holds nothing in row 2"),
         ({"question": None}, "'question' .*holds nothing in row 2"),
         ({"context": None}, "'context' .*holds nothing in row 2"),
-        ({"answers": {"text": ["w1"], "answer_start": []}}, "in row 2; they must be"),
-        ({"answers": {"text": [None], "answer_start": [0]}}, "in row 2; they must be"),
+        ({"answers": {"text": ["w1"], "answer_start": []}}, "in row 2 .*they must be"),
+        ({"answers": {"text": [None], "answer_start": [0]}}, "in row 2 .*they must be"),
         ({"answers": {"text": [], "answer_start": []}}, "Row 2 .*has no answer.*squad_v2"),
     ],
 )

@@ -102,10 +102,13 @@ def checked_questions(data: Any, name: str, answered: bool) -> Any:
     form = "{'text': [strings], 'answer_start': [whole numbers]}"
     if "id" not in data.column_names:
         data = data.add_column("id", [str(i) for i in range(len(data))])
-    if str(_column(data, "id").type) not in _TEXT:
-        data = data.cast_column("id", Value("string"))
     ids = _column(data, "id")
     _refuse_nulls(ids, "id", name)
+    if str(ids.type).startswith(("int", "uint")):
+        data = data.cast_column("id", Value("string"))
+        ids = _column(data, "id")
+    if str(ids.type) not in _TEXT:
+        raise TCSPError(f"The column 'id' of {name!r} holds {ids.type}; it must be strings or whole numbers.")
     if len(ids.unique()) < len(ids):
         keys, counts = np.unique(ids.to_numpy().astype(str), return_counts=True)
         raise TCSPError(f"The id {str(keys[counts > 1][0])!r} stands twice in {name!r}: every question needs its own.")
@@ -124,9 +127,12 @@ def checked_questions(data: Any, name: str, answered: bool) -> Any:
     for row, answer in enumerate(answers.to_pylist()):
         found, at = answer["text"], answer["answer_start"]
         if found is None or at is None or len(found) != len(at) or None in found or None in at:
-            raise TCSPError(f"The answers of {name!r} are {answer} in row {row}; they must be {form}, as many of both.")
+            shown = f"{str(answer)[:80]} in row {row} (counted from 0)"
+            raise TCSPError(f"The answers of {name!r} are {shown}; they must be {form}, as many of both.")
         if answered and not found:
-            raise TCSPError(f"Row {row} of {name!r} has no answer: leave it out, or take the task 'squad_v2'.")
+            raise TCSPError(
+                f"Row {row} of {name!r} (counted from 0) has no answer: leave it out, or take the task 'squad_v2'."
+            )
     return data
 
 
