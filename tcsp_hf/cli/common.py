@@ -1,6 +1,7 @@
 """What the commands share: options, tables, output."""
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -127,7 +128,16 @@ def this_machine() -> str:
 
 
 def print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    """Print what any program reads: a number that is none (NaN, infinity) is null."""
+    sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], note: str | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..data.sources import first_rows
+from ..data.sources import first_rows, only_split
 from ..files import check_output_folder
 from ..loading import load_model, load_tokenizer, resolve_name
 from ..tasks import TASKS, find_task, score
@@ -178,14 +178,13 @@ def evaluate_command(
     Example: tcsp evaluate small/ --task mrpc
     """
     chosen = find_task(task)
+    split = split or only_split(data) or chosen.splits[0]
     rows = first_rows(chosen.load(split, data), samples)
     found, tokenizer = load_model(model, dtype, device), load_tokenizer(model)
     bars = progress_of(quiet, as_json)
     scores = score(found, tokenizer, chosen, rows, batch_size=batch_size, max_length=max_length, progress=bars)
     if as_json:
-        print_json(
-            {"model": model, "task": task, "split": split or chosen.splits[0], "rows": len(rows), "scores": scores}
-        )
+        print_json({"model": model, "task": task, "split": split, "rows": len(rows), "scores": scores})
         return
-    note = f"{split or chosen.splits[0]}, {len(rows):,} rows"
+    note = f"{split}, {len(rows):,} rows"
     print_table(f"{model} on {task}", ["", "score"], score_rows(chosen, scores), note)

@@ -45,7 +45,7 @@ def load_data(name: str, split: str = "train") -> Any:
             dataset name of the Hub (`"owner/name"` or `"owner/name:config"`). Names joined with `+` give single texts
             of all of them in turn, so that any number of leading ones has an equal share of each (a name that stands
             twice has two shares).
-        split: which split; for files and folders of files only "train" exists unless a file is called so.
+        split: which split; of a folder the file that is called so, of a single file "train" or the file's own name.
 
     Raises:
         TCSPError: nothing was found; the message says what was looked for.
@@ -60,6 +60,10 @@ def load_data(name: str, split: str = "train") -> Any:
     if "+" in name and not path.exists():
         return interleaved(name.split("+"), split)
     if path.is_file():
+        if split not in ("train", path.stem):
+            raise TCSPError(
+                f"{name!r} is one file, so it has no split {split!r}: give a folder with {split}{path.suffix} in it."
+            )
         return _read(path)
     if path.is_dir():
         return _from_folder(path, split)
@@ -72,6 +76,11 @@ def load_data(name: str, split: str = "train") -> Any:
         )
     repository, _, config = name.partition(":")
     return _from_hub(name, repository, config or None, split)
+
+
+def only_split(name: str | None) -> str | None:
+    """The split that a single file is; None where `name` is something else."""
+    return Path(name).stem if name is not None and Path(name).is_file() else None
 
 
 def load_known(name: str, split: str) -> Any:
@@ -158,13 +167,13 @@ def interleaved(names: Sequence[str], split: str, seed: int = 0) -> list[str]:
 
 
 def _single_texts(data: Any, name: str) -> list[str]:
-    """Every different text of a source: of all its known text columns, each alone."""
+    """Every different text of a source: of all its known text columns, each alone; rows without one are left out."""
     if isinstance(data, list):
-        return list(dict.fromkeys(data))
+        return list(dict.fromkeys(text for text in data if text is not None))
     columns = [column for column in _TEXT_COLUMNS if column in data.column_names]
     if not columns:
         raise TCSPError(f"{name!r} has none of the text columns {', '.join(_TEXT_COLUMNS)}: it cannot be mixed in.")
-    return list(dict.fromkeys(text for column in columns for text in data[column]))
+    return list(dict.fromkeys(text for column in columns for text in data[column] if text is not None))
 
 
 def _sentences(paragraph: str) -> list[str]:
@@ -172,7 +181,9 @@ def _sentences(paragraph: str) -> list[str]:
 
 
 def first_rows(data: Any, count: int | None) -> Any:
-    """The first rows of a dataset, or all of them."""
+    """The first rows of a dataset or a list, or all of them."""
+    if isinstance(data, list):
+        return data[:count]
     return data if count is None else data.select(range(min(count, len(data))))
 
 
@@ -199,4 +210,5 @@ def _read(path: Path) -> Any:
     try:
         return readers[reader](str(path))
     except Exception as error:
-        raise TCSPError(f"{path} cannot be read: {error}") from error
+        cause = f" ({error.__cause__})" if error.__cause__ is not None else ""  # what datasets says alone is general
+        raise TCSPError(f"{path} cannot be read: {error}{cause}") from error

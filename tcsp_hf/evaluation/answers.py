@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibration.divergence import categorical_kl
+from ..tasks.inputs import right_padding
 from ..tasks.score import answers_of, score_answers, score_written, span_windows, write
 from ..tasks.table import Task as LabelledTask
 from ..tasks.text_to_text import max_target_tokens, source_text, target_text
@@ -47,7 +48,7 @@ class _Answered(Task[Answers]):
         return _NAMES.get(self.task.headline, self.task.headline)
 
     @property
-    def max_length(self) -> int:  # type: ignore[override]
+    def usual_length(self) -> int:  # type: ignore[override]
         return self.task.max_length
 
     @property
@@ -107,6 +108,7 @@ class Written(_Answered):
 
     @torch.no_grad()
     def _target_logits(self, model: Any, tokenizer: Any) -> list[torch.Tensor]:
+        tokenizer = right_padding(tokenizer)
         rows = [self.data[i] for i in range(min(_COMPARED, len(self.data)))]
         found: list[torch.Tensor] = []
         for start in range(0, len(rows), _BATCH):
@@ -115,7 +117,7 @@ class Written(_Answered):
             sources = tokenizer([source_text(self.task, row) for row in chosen], max_length=self.max_length, **cut)
             targets = tokenizer(
                 text_target=[target_text(self.task, row) for row in chosen],
-                max_length=max_target_tokens(self.task),
+                max_length=max_target_tokens(self.task, tokenizer),
                 **cut,
             )
             logits = model(

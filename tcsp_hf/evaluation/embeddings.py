@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..tasks.inputs import input_length, right_padding
+
 
 @torch.no_grad()
 def embed(
@@ -22,8 +24,9 @@ def embed(
     """Mean-pooled, L2-normalised embeddings (texts, D) in the dense model's space.
 
     A compressed model's pooled output is mapped back with `model.lift`: once per text, after pooling (the map is
-    affine, and so is the mean).
+    affine, and so is the mean). Longer texts than the model has positions for are cut, whatever `max_length` is.
     """
+    tokenizer, max_length = right_padding(tokenizer), input_length(model, max_length)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: list[torch.Tensor | None] = [None] * len(texts)
     bar = tqdm(total=len(texts), unit="text", desc=description, disable=None if progress is None else not progress)

@@ -6,9 +6,11 @@ from transformers import PreTrainedModel
 
 from ..architectures import family_of
 from ..data import load_squad_sample
+from ..data.checks import check_texts, labels_are_hidden, with_class_labels, with_number_labels
 from ..data.sources import SAMPLE, first_rows, load_data
 from ..errors import TCSPError
-from ..tasks.table import SPANS, TASKS, find_task, form_of
+from ..tasks.inputs import input_length
+from ..tasks.table import SPANS, TASKS, find_task, form_of, label_names
 from .answers import Spans, Written
 from .scoring import Classification, Matthews, Regression, Retrieval, Similarity, Task, columns_of
 
@@ -25,6 +27,12 @@ def load_task(model: PreTrainedModel, name: str, split: str | None = None, items
     Raises:
         TCSPError: no such data, or data that does not fit the head.
     """
+    task = _load_task(model, name, split, items)
+    task.longest = input_length(model, task.usual_length)
+    return task
+
+
+def _load_task(model: PreTrainedModel, name: str, split: str | None, items: int | None) -> Task[Any]:
     family, head = family_of(model)
     split = split or (find_task(name).splits[0] if name in TASKS else "validation")
     encoder = head == "EncoderModel" or (family == "bert" and head == "Model")
@@ -43,17 +51,19 @@ def load_task(model: PreTrainedModel, name: str, split: str | None = None, items
         sample = load_squad_sample()
         return Retrieval(name, sample.paragraphs, sample.questions, sample.answers_in)
     data = first_rows(load_data(name, split), items)
-    texts, labels = columns_of(data)
-    if labels is None or len(labels) == 0 or min(labels) < 0:
+    if isinstance(data, list):
+        raise TCSPError(f"{name!r} is text without labels: it can be calibrated on, but not scored on.")
+    texts, columns = columns_of(data)
+    if "label" not in data.column_names or len(data) == 0 or labels_are_hidden(data):
         raise TCSPError(f"The split {split!r} of {name!r} has no labels to score on: name another one with split=.")
+    if encoder and len(columns) == 1:
+        raise TCSPError(f"{name!r} has single texts; a sentence encoder is scored on labelled pairs, as in 'stsb'.")
+    check_texts(data, columns, name)
     if encoder:
-        if isinstance(texts[0], str):
-            raise TCSPError(f"{name!r} has single texts; a sentence encoder is scored on labelled pairs, as in 'stsb'.")
-        return Similarity(name, [pair for pair in texts if isinstance(pair, tuple)], labels)
-    classes = model.config.num_labels or 0
-    if classes == 1:
-        return Regression(name, texts, labels)
-    if any(label != int(label) or label >= classes for label in labels):
-        raise TCSPError(f"The labels of {name!r} do not fit {type(model).__name__}, which has {classes} classes.")
+        numbers = list(with_number_labels(data, name)["label"])
+        return Similarity(name, [pair for pair in texts if isinstance(pair, tuple)], numbers)
+    if model.config.num_labels == 1:
+        return Regression(name, texts, list(with_number_labels(data, name)["label"]))
+    labels = list(with_class_labels(data, label_names(model), name)["label"])
     labelled = Matthews if name == "cola" else Classification
     return labelled(name, texts, [int(label) for label in labels])

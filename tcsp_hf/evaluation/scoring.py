@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..calibration.inputs import TEXT_COLUMNS
 from ..errors import TCSPError
 from ..tasks.metrics import matthews_correlation, spearmanr
-from ..tasks.predict import predict
+from ..tasks.predict import predict, split_pairs
 from .classification import compare
 from .embeddings import embed, recall_at
 
@@ -43,12 +43,19 @@ class Task(ABC, Generic[Outputs]):
         name: of the data.
         score_name, distance_name: what `Score.score` and `Score.distance` are.
         items: how many items are scored.
+        longest: tokens that the model reads; None is any number.
     """
 
     score_name: ClassVar[str] = "accuracy"
     distance_name: ClassVar[str] = "KL"
-    max_length: ClassVar[int] = _CLASSIFIED
+    usual_length: ClassVar[int] = _CLASSIFIED
     name: str
+    longest: int | None = None
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a text is cut to."""
+        return self.usual_length if self.longest is None else min(self.usual_length, self.longest)
 
     @property
     @abstractmethod
@@ -80,11 +87,7 @@ class Task(ABC, Generic[Outputs]):
 
 
 def _tokenise(tokenizer: Any, texts: Texts, max_length: int) -> list[list[int]]:
-    pairs = [text if isinstance(text, tuple) else (text, None) for text in texts]
-    second = None if pairs[0][1] is None else [pair[1] for pair in pairs]
-    found: list[list[int]] = tokenizer([pair[0] for pair in pairs], second, truncation=True, max_length=max_length)[
-        "input_ids"
-    ]
+    found: list[list[int]] = tokenizer(*split_pairs(texts), truncation=True, max_length=max_length)["input_ids"]
     return found
 
 
@@ -141,7 +144,7 @@ class _Embedding(Task[torch.Tensor]):
     """Sentence embeddings: mean-pooled, mapped back to the dense space, compared by cosine."""
 
     distance_name = "1 - cosine"
-    max_length = _EMBEDDED
+    usual_length = _EMBEDDED
 
     def outputs(self, model: PreTrainedModel, tokenizer: Any, progress: bool | None, description: str) -> torch.Tensor:
         texts = [str(text) for text in self.texts()]
@@ -202,8 +205,8 @@ class Retrieval(_Embedding):
         return Score(recall, self.distance(reference, outputs), float((best[0] == best[1]).float().mean()))
 
 
-def columns_of(data: Any) -> tuple[Texts, list[float] | None]:
-    """Texts (or pairs) and the column `label` of a dataset.
+def columns_of(data: Any) -> tuple[Texts, tuple[str, ...]]:
+    """Texts (or pairs) of a dataset, and the columns that they are from.
 
     Raises:
         TCSPError: no text column is known.
@@ -213,5 +216,5 @@ def columns_of(data: Any) -> tuple[Texts, list[float] | None]:
         if all(column in names for column in columns):
             parts = [list(data[column]) for column in columns]
             texts: Any = parts[0] if len(parts) == 1 else list(zip(*parts, strict=True))
-            return texts, list(data["label"]) if "label" in names else None
+            return texts, columns
     raise TCSPError(f"The data has the columns {names}: no sentences to score on.")

@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..modes import evaluating
+from .inputs import input_length, right_padding
 from .metrics import GlueMetric
 from .predict import predict
 from .squad import Window, best_answer, encode_windows
@@ -29,14 +30,14 @@ def score(
     """Every metric of the task on the rows `data` (from `Task.load`): fractions for GLUE, percent for SQuAD.
 
     Args:
-        max_length: tokens of an input; the task's usual number when None.
+        max_length: tokens of an input; when None the task's usual number, or as many as the model reads.
         progress: show bars; None shows them on a terminal only.
 
     Raises:
-        TCSPError: the model's head does not fit the task.
+        TCSPError: the model's head does not fit the task, or `max_length` is more than it reads.
     """
     form = form_of(model, task)
-    length = max_length or task.max_length
+    length = input_length(model, task.max_length, max_length)
     with evaluating(model):
         if form == CLASSIFICATION:
             texts = texts_of(task, data)
@@ -88,6 +89,7 @@ def span_windows(
     progress: bool | None,
 ) -> list[list[Window]]:
     """The logits of every row's windows."""
+    tokenizer = right_padding(tokenizer)
     contexts = list(data["context"])
     encoded = encode_windows(tokenizer, list(data["question"]), contexts, max_length)
     names = [name for name in ("input_ids", "token_type_ids", "attention_mask") if name in encoded]
@@ -126,6 +128,8 @@ def write(
     model: Any, tokenizer: Any, task: Task, data: Any, batch_size: int, max_length: int, progress: bool | None
 ) -> list[str]:
     """What the model writes for every row, greedily."""
+    tokenizer = right_padding(tokenizer)
+    longest = max_target_tokens(task, tokenizer)
     sources = [source_text(task, row) for row in data]
     order = np.argsort([len(source) for source in sources], kind="stable").tolist()
     written = [""] * len(sources)
@@ -140,7 +144,7 @@ def write(
                 return_tensors="pt",
             ).to(model.device)
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}  # not BERT's token types
-            tokens = model.generate(**inputs, max_new_tokens=max_target_tokens(task), do_sample=False, num_beams=1)
+            tokens = model.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
             for i, text in zip(chosen, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
                 written[i] = text
             bar.update(len(chosen))

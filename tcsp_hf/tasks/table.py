@@ -6,16 +6,27 @@ Sources: GLUE (Wang et al. 2019, arXiv 1804.07461) as `nyu-mll/glue`; SQuAD v1.1
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..data.sources import load_data, load_known
+from ..data.checks import (
+    check_texts,
+    checked_questions,
+    labels_are_hidden,
+    same_in_another_order,
+    with_class_labels,
+    with_number_labels,
+)
+from ..data.sources import load_data, load_known, only_split
 from ..errors import TCSPError
 
 CLASSIFICATION, SPANS, TEXT = "classification", "spans", "text"
 FORMS = (CLASSIFICATION, SPANS, TEXT)
 """How a model answers: with a label's logits, with the start and end of a span, or by writing text."""
+SCORES = (0.0, 5.0)
+"""STS-B's lowest and highest label."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +75,19 @@ class Task:
     def load(self, split: str | None = None, source: str | None = None) -> Any:
         """The data of a split as a `datasets.Dataset`; `source` names other data with the same columns.
 
+        Labels are the numbers of `labels`, whatever order or names of them the data has.
+
         Raises:
-            TCSPError: no such split, missing columns, or hidden labels (GLUE's test splits).
+            TCSPError: no such split, missing columns, rows that are not the task's, or hidden labels (GLUE's test
+                splits).
         """
         name, split = source or self.name, split or self.splits[0]
+        alone = only_split(source)
+        if alone in self.splits and alone != split:
+            raise TCSPError(
+                f"{name!r} is one file that is called after an evaluation split: for the split {split!r} give a folder "
+                f"with {split}{Path(name).suffix} in it."
+            )
         data = load_data(name, split) if source else load_known(name, split)
         target = "answers" if self.is_qa else "label"
         found = getattr(data, "column_names", None)
@@ -79,14 +99,14 @@ class Task:
             )
         if len(data) == 0:
             raise TCSPError(f"The split {split!r} of {name!r} is empty.")
-        if not self.is_qa and min(data["label"]) < 0:
+        check_texts(data, self.columns, name)
+        if self.is_qa:
+            return checked_questions(data, name, answered=self.answers == "spans")
+        if labels_are_hidden(data):
             raise TCSPError(f"The labels of {name!r} (split {split!r}) are hidden: take {', '.join(self.splits)}.")
-        if self.labels and max(data["label"]) >= len(self.labels):
-            raise TCSPError(
-                f"The data {name!r} holds the label {max(data['label'])}, but {self.name!r} has the labels 0 to "
-                f"{len(self.labels) - 1}: {', '.join(self.labels)}."
-            )
-        return data
+        if self.is_regression:
+            return with_number_labels(data, name, *SCORES)
+        return with_class_labels(data, self.labels, name)
 
 
 _NLI = ("entailment", "not_entailment")
@@ -131,7 +151,7 @@ def form_of(model: PreTrainedModel, task: Task) -> str:
     """How this model answers the task: one of `FORMS`.
 
     Raises:
-        TCSPError: its head does not fit the task.
+        TCSPError: its head does not fit the task, or has its labels in another order.
     """
     name = type(model).__name__
     heads = {
@@ -151,7 +171,20 @@ def form_of(model: PreTrainedModel, task: Task) -> str:
             f"The model has {model.config.num_labels} outputs, but {task.name!r} needs {wanted_labels}: it was "
             "fine-tuned on another task."
         )
+    if form == CLASSIFICATION and task.labels:
+        names = label_names(model)
+        if same_in_another_order(names, task.labels):
+            raise TCSPError(
+                f"The model's outputs are {', '.join(names)} (id2label), in another order than {task.name!r} counts "
+                f"its labels: {', '.join(task.labels)}. Put the rows of its last layer and id2label in that order."
+            )
     return form
+
+
+def label_names(model: PreTrainedModel) -> list[str]:
+    """The name of every output of a classifier, by its number: `LABEL_0` where it has no other."""
+    named: Any = model.config.id2label or {}
+    return [str(named.get(i, f"LABEL_{i}")) for i in range(model.config.num_labels or 0)]
 
 
 def texts_of(task: Task, data: Any) -> list[str | tuple[str, str]]:

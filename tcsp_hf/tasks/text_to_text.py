@@ -10,6 +10,7 @@ NO_ANSWER = "unanswerable"
 
 _ORDER = {"mnli": ("hypothesis", "premise")}
 _MAX_ANSWER_TOKENS, _MAX_LABEL_TOKENS = 32, 8
+_MAX_ANSWER_LETTERS = 256
 
 
 def source_text(task: Task, row: Mapping[str, Any]) -> str:
@@ -29,8 +30,13 @@ def target_text(task: Task, row: Mapping[str, Any]) -> str:
     return task.labels[int(row["label"])]
 
 
-def max_target_tokens(task: Task) -> int:
-    return _MAX_ANSWER_TOKENS if task.is_qa else _MAX_LABEL_TOKENS
+def max_target_tokens(task: Task, tokenizer: Any) -> int:
+    """Tokens of the longest target, the end token among them: more where a tokenizer knows letters or bytes alone."""
+    if task.is_qa:
+        spelt = len(tokenizer(NO_ANSWER, add_special_tokens=False)["input_ids"]) >= len(NO_ANSWER)
+        return _MAX_ANSWER_LETTERS if spelt else _MAX_ANSWER_TOKENS
+    lengths = [len(tokenizer(text_target=label)["input_ids"]) for label in task.labels]
+    return max([_MAX_LABEL_TOKENS, *lengths])
 
 
 def read_answer(task: Task, text: str) -> str:

@@ -8,9 +8,11 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 from ..calibration import Calibration
 from ..calibration.inputs import TEXT_COLUMNS
 from ..compression import Search
+from ..data.checks import check_texts
 from ..errors import TCSPError
 from ..ranks import on_first_rank
 from ..tasks.features import make_collator, make_features
+from ..tasks.inputs import input_length, right_padding
 from ..tasks.table import TEXT, Task, form_of
 from .arguments import TCSPSeq2SeqTrainingArguments, TCSPTrainingArguments
 from .checkpoint import claim
@@ -24,7 +26,7 @@ def text_features(data: Any, tokenizer: Any, max_length: int | None, columns: tu
     """Token ids of unlabelled text: a list of strings, or a dataset with text columns.
 
     Raises:
-        TCSPError: no text column is found.
+        TCSPError: no text column is found, or one that is not text in every row.
     """
     from datasets import Dataset
 
@@ -33,6 +35,7 @@ def text_features(data: Any, tokenizer: Any, max_length: int | None, columns: tu
     chosen = columns or next((found for found in TEXT_COLUMNS if all(name in names for name in found)), None)
     if chosen is None or any(name not in names for name in chosen):
         raise TCSPError(f"No text column {chosen or ''} among {names}: name one or two.")
+    check_texts(rows, chosen, "the training text")
     length = max_length or _TEXT_LENGTH
     return rows.map(
         lambda batch: tokenizer(*(batch[name] for name in chosen), truncation=True, max_length=length),
@@ -69,16 +72,17 @@ def task_trainer(
         options: of `TCSPTrainingArguments`: the budget, distillation, and where to save (`save_strategy`).
 
     Raises:
-        TCSPError: see `TCSPTrainer`.
+        TCSPError: see `TCSPTrainer` and `finetune`.
     """
     form = None if task is None else form_of(dense, task)
+    length = input_length(dense, _TEXT_LENGTH if task is None else task.max_length, schedule.max_length)
     made = (TCSPSeq2SeqTrainer, TCSPSeq2SeqTrainingArguments) if form == TEXT else (TCSPTrainer, TCSPTrainingArguments)
     arguments = made[1](**schedule.arguments(folder, quiet, **options))
     if task is None or form is None:
-        features = text_features(data, tokenizer, schedule.max_length)
-        collator: Any = DataCollatorWithPadding(tokenizer)
+        features = text_features(data, tokenizer, length)
+        collator: Any = DataCollatorWithPadding(right_padding(tokenizer))
     else:
-        features = make_features(task, form, data, tokenizer, schedule.max_length or task.max_length)
+        features = make_features(task, form, data, tokenizer, length)
         collator = make_collator(form, tokenizer, dense)
     trainer = made[0](
         dense if student is None else student,

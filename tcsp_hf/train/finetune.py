@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from ..clock import NOTHING, Clock, Took
 from ..errors import TCSPError
 from ..tasks.features import make_collator, make_features
+from ..tasks.inputs import input_length
 from ..tasks.table import Task, form_of
 from .student import StudentTrainer
 
@@ -24,7 +25,7 @@ class Schedule:
         epochs: passes over the data, a fraction allowed.
         learning_rate: the highest.
         batch_size: sequences per step.
-        max_length: tokens of an input; the task's usual number when None.
+        max_length: tokens of an input; the task's usual number, or as many as the model reads, when None.
         warmup: fraction of the steps.
         weight_decay: of matrices.
         seed: of the order, of dropout, and of the choice of rows.
@@ -151,14 +152,16 @@ def finetune(
             on both sides; `TCSPTrainer` compares hidden states as well.
 
     Raises:
-        TCSPError: the model's head does not fit the task, or the teacher's is another.
+        TCSPError: the model's head does not fit the task, the teacher's is another, or the schedule's `max_length` is
+            more than the model reads.
     """
     form = form_of(model, task)
+    length = input_length(model, task.max_length, schedule.max_length)
     made: Any = Trainer
     if teacher is not None:
         check_teacher(model, teacher, task, distillation)
         made = partial(StudentTrainer, teacher, distillation)
-    features = make_features(task, form, data, tokenizer, schedule.max_length or task.max_length)
+    features = make_features(task, form, data, tokenizer, length)
     trainer = made(
         model=model,
         args=TrainingArguments(**schedule.arguments(folder, quiet)),
