@@ -66,12 +66,12 @@ def test_what_is_kept_is_of_the_same_rows(run: Callable[..., dict[str, Any]], tm
     run("first")
     for split in ("validation", "train"):
         save_rows(tmp_path / "data", split, 7)
-        with pytest.raises(TCSPError, match="results/dense/.* was made from other weights or rows"):
+        with pytest.raises(TCSPError, match=r"results/dense/.* was made from other weights or rows"):
             run("second")
         save_rows(tmp_path / "data", split, 0)
     run("second")
     save_model(tmp_path / "model", 1)
-    with pytest.raises(TCSPError, match="results/dense/.* was made from other weights or rows"):
+    with pytest.raises(TCSPError, match=r"results/dense/.* was made from other weights or rows"):
         run("third")
     for kind in ("dense", "compressed"):  # as older versions left it
         record = the_folder(tmp_path, kind) / "record.json"
