@@ -121,8 +121,9 @@ def _check_modules(name: str, layers: nn.ModuleList) -> None:
         if own is None and isinstance(weight, torch.Tensor):
             raise TCSPError(
                 f"The weight of {name}'s layer.{part} ({type(module).__name__}) is no parameter of its own, but made "
-                "from others: merge adapters (merge_and_unload), end pruning (torch.nn.utils.prune.remove) or take "
-                "parametrizations away (torch.nn.utils.parametrize.remove_parametrizations)."
+                "from others: merge adapters (merge_and_unload; or compress the model first, then wrap it), end "
+                "pruning (torch.nn.utils.prune.remove) or take parametrizations away "
+                "(torch.nn.utils.parametrize.remove_parametrizations)."
             )
         first = part if own is None else seen.setdefault(id(module), part)
         if first != part:
