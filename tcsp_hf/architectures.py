@@ -100,8 +100,8 @@ def _check_layout(model: Any, family: str) -> None:
     for place, module, wanted in _activations(model, family, [*stacks.values()]):
         if wanted is not None and not _is_activation(module, wanted):
             raise TCSPError(
-                f"{name}'s {place} is {type(module).__name__}, but the configuration's is {type(wanted).__name__}, "
-                "which the compressed model would have: put that back, or change the configuration and train."
+                f"{name}'s {place} is {type(module).__name__}, but its configuration and class say "
+                f"{type(wanted).__name__}, as the compressed model would have: make them agree."
             )
 
 
@@ -166,7 +166,7 @@ def _activations(model: Any, family: str, stacks: list[Any]) -> Iterator[tuple[s
     if hasattr(getattr(model, "cls", None), "predictions"):
         yield "cls.predictions.transform_act_fn", model.cls.predictions.transform.transform_act_fn, wanted
     if getattr(model.base_model, "pooler", None) is not None:
-        yield "pooler.activation", model.base_model.pooler.activation, nn.Tanh()
+        yield "pooler.activation", getattr(model.base_model.pooler, "activation", None), nn.Tanh()
 
 
 def _named_activation(name: Any) -> nn.Module | None:
@@ -178,7 +178,7 @@ def _is_activation(found: Any, wanted: nn.Module) -> bool:
     """Whether an activation is of a class, or has its values: there are several classes of one function."""
     if type(found) is type(wanted):
         return True
-    points = torch.linspace(-4.0, 4.0, 33)
+    points = torch.linspace(-4.0, 4.0, 33, device="cpu")
     with torch.no_grad():
         try:
             return torch.allclose(found(points), wanted(points), atol=2e-3)

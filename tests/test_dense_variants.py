@@ -205,7 +205,10 @@ def _text_classifier(model: Any) -> None:
         (_parametrised, r"layer\.0\.attention\.self\.query .* is no parameter of its own"),
         (_adapted, r"layer\.0\.attention\.self\.value \(_AdaptedLinear\) is no parameter of its own"),
         (_repeated_layer, r"layer\.0\.\S+ and layer\.1\.\S+ are one module"),
-        (_other_activation, r"layer\.1\.intermediate_act_fn is ReLU, but the configuration's is GELUActivation"),
+        (
+            _other_activation,
+            r"layer\.1\.intermediate_act_fn is ReLU, but .* say GELUActivation",
+        ),
         (_other_pooler, r"pooler\.activation is ReLU"),
     ],
 )
@@ -220,7 +223,7 @@ def test_models_that_are_not_what_their_configuration_says(alter: Any, said: str
 @pytest.mark.parametrize(
     ("head", "alter", "said"),
     [
-        ("ForConditionalGeneration", _other_text_activation, r"block\.1 activation is GELU, .* ReLU"),
+        ("ForConditionalGeneration", _other_text_activation, r"block\.1 activation is GELU, .* say ReLU"),
         ("ForConditionalGeneration", _biased_table, "lm_head has a bias"),
         ("ForSequenceClassification", _text_classifier, r"classification_head\.out_proj is not a linear with .* 3 out"),
         ("ForTokenClassification", _other_head, "classifier is not a linear with a bias and 3 outputs"),

@@ -17,7 +17,7 @@ from .streams import GROUP_TOKENS, padded_batches
 
 _SEQUENCES = 200
 _TOKENS = 8192
-_LOGITS = 2**26
+_LOGITS = 2**26  # of a batch
 _FACTOR = 10.0
 _HARMLESS = 0.01
 
@@ -66,6 +66,7 @@ def measured_loss(dense: PreTrainedModel, small: Any, stats: Calibration) -> flo
             if objective.startswith("embedding"):
                 found.last_hidden_state = small.lift(found.last_hidden_state)
             total += float(divergence(dense, objective, batch, expected, found))
+            del expected, found  # before the next batch has its own
     if not math.isfinite(total):
         raise TCSPError(
             "The compressed model's outputs on the calibration's own sequences hold a NaN or an infinity: compress in "
