@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from .errors import TCSPError
 
@@ -94,25 +95,95 @@ def _check_layout(model: Any, family: str) -> None:
                 f"{name} has {len(layers)} layers and {field}={getattr(config, field)}: both must be one number above "
                 "0. Set the configuration's to what the model has."
             )
-        for part, module in layers.named_modules():
-            weight = getattr(module, "weight", None)
-            dense = isinstance(weight, torch.Tensor) and weight.dtype.is_floating_point
-            if "Linear" in type(module).__name__ and not dense:
-                raise TCSPError(
-                    f"{name}'s layer.{part} is quantised ({type(module).__name__}): load the model in float32, float16 "
-                    "or bfloat16, compress it, and quantise the result."
-                )
-    if family == "bert":
-        labels = 1 if name.endswith("ForMultipleChoice") else config.num_labels
-        for part, size in (("classifier", labels), ("qa_outputs", labels), ("cls.seq_relationship", 2)):
-            owner, _, last = part.rpartition(".")
-            linear = getattr(getattr(model, owner, None) if owner else model, last, None)
-            plain = isinstance(linear, nn.Linear) and linear.bias is not None
-            if linear is not None and not (plain and linear.out_features == size):
-                raise TCSPError(
-                    f"{name}'s {part} is not a linear with a bias and {size} outputs. A head of your own goes on a "
-                    "compressed body: compress the model below it (base_model)."
-                )
+        _check_modules(name, layers)
+    _check_heads(model)
+    for place, module, wanted in _activations(model, family, [*stacks.values()]):
+        if wanted is not None and not _is_activation(module, wanted):
+            raise TCSPError(
+                f"{name}'s {place} is {type(module).__name__}, but its configuration and class say "
+                f"{type(wanted).__name__}, as the compressed model would have: make them agree."
+            )
+
+
+def _check_modules(name: str, layers: nn.ModuleList) -> None:
+    """Raise TCSPError where a weight below the layers is quantised, made from others, or in two places."""
+    seen: dict[int, str] = {}
+    for part, module in layers.named_modules(remove_duplicate=False):
+        own = module._parameters.get("weight")
+        made = "weight" in module.__dict__ or hasattr(type(module), "weight")
+        weight = getattr(module, "weight", None) if made else own
+        dense = isinstance(weight, torch.Tensor) and weight.dtype.is_floating_point
+        if "Linear" in type(module).__name__ and not dense:
+            raise TCSPError(
+                f"{name}'s layer.{part} is quantised ({type(module).__name__}): load the model in float32, float16 "
+                "or bfloat16, compress it, and quantise the result."
+            )
+        if own is None and isinstance(weight, torch.Tensor):
+            raise TCSPError(
+                f"The weight of {name}'s layer.{part} ({type(module).__name__}) is no parameter of its own, but made "
+                "from others: merge adapters (merge_and_unload; or compress the model first, then wrap it), end "
+                "pruning (torch.nn.utils.prune.remove) or take parametrizations away "
+                "(torch.nn.utils.parametrize.remove_parametrizations)."
+            )
+        first = part if own is None else seen.setdefault(id(module), part)
+        if first != part:
+            raise TCSPError(
+                f"{name}'s layer.{first} and layer.{part} are one module: give every layer its own (copy.deepcopy)."
+            )
+
+
+def _check_heads(model: Any) -> None:
+    """Raise TCSPError where the linear of a head is not what the class makes it."""
+    name = type(model).__name__
+    labels = 1 if name.endswith("ForMultipleChoice") else model.config.num_labels
+    heads = {part: labels for part in ("classifier", "qa_outputs", "classification_head.out_proj")}
+    for part, size in {**heads, "cls.seq_relationship": 2}.items():
+        owner, _, last = part.rpartition(".")
+        linear = getattr(getattr(model, owner, None) if owner else model, last, None)
+        plain = isinstance(linear, nn.Linear) and linear.bias is not None
+        if linear is not None and not (plain and linear.out_features == size):
+            raise TCSPError(
+                f"{name}'s {part} is not a linear with a bias and {size} outputs. A head of your own goes on a "
+                "compressed body: compress the model below it (base_model)."
+            )
+    if getattr(getattr(model, "lm_head", None), "bias", None) is not None:
+        raise TCSPError(
+            f"{name}'s lm_head has a bias, which the class does not have: take it away (model.lm_head.bias = None)."
+        )
+
+
+def _activations(model: Any, family: str, stacks: list[Any]) -> Iterator[tuple[str, Any, nn.Module | None]]:
+    """Place, function and what the configuration or the class says it is (None: nothing known) of every activation."""
+    if family == "t5":
+        wanted = _named_activation(model.config.dense_act_fn)
+        for stack in stacks:
+            for i, block in enumerate(stack.block):
+                yield f"block.{i} activation", block.layer[-1].DenseReluDense.act, wanted
+        return
+    wanted = _named_activation(model.config.hidden_act)
+    for i, layer in enumerate(stacks[0].layer):
+        yield f"layer.{i}.intermediate_act_fn", layer.intermediate.intermediate_act_fn, wanted
+    if hasattr(getattr(model, "cls", None), "predictions"):
+        yield "cls.predictions.transform_act_fn", model.cls.predictions.transform.transform_act_fn, wanted
+    if getattr(model.base_model, "pooler", None) is not None:
+        yield "pooler.activation", getattr(model.base_model.pooler, "activation", None), nn.Tanh()
+
+
+def _named_activation(name: Any) -> nn.Module | None:
+    found = ACT2FN[name] if isinstance(name, str) and name in ACT2FN else None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _is_activation(found: Any, wanted: nn.Module) -> bool:
+    """Whether an activation is of a class, or has its values: there are several classes of one function."""
+    if type(found) is type(wanted):
+        return True
+    points = torch.linspace(-4.0, 4.0, 33, device="cpu")
+    with torch.no_grad():
+        try:
+            return torch.allclose(found(points), wanted(points), atol=2e-3)
+        except (RuntimeError, TypeError, ValueError):  # of another kind than a function of every number
+            return False
 
 
 def dense_hidden_size(model: PreTrainedModel) -> int:

@@ -24,12 +24,14 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool) -> Path:
 
     Raises:
         TCSPError: `path` is a file, a folder that is not empty (and `overwrite` is False), or lies below something
-            that is not a writable folder.
+            that is not a writable folder; or the process works in it, so that it cannot be replaced.
     """
-    folder = Path(path)
+    folder = Path(os.path.expanduser(path))
     _put_back(folder)
     if folder.is_symlink() or folder.is_file():
         raise TCSPError(f"{folder} is not a folder: name a new or an empty folder.")
+    if folder.is_dir() and _holds_current(folder):
+        raise TCSPError(f"{folder} holds the current directory, so it cannot be replaced: name a folder below it.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise TCSPError(f"The folder {folder} is not empty: name another one, or pass overwrite=True (--overwrite).")
     parent = folder.absolute().parent
@@ -38,6 +40,15 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool) -> Path:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise TCSPError(f"{folder} cannot be written: {parent} is not a writable folder.")
     return folder
+
+
+def _holds_current(folder: Path) -> bool:
+    """Whether it is the current directory or above it."""
+    try:
+        here = Path.cwd().resolve()
+    except FileNotFoundError:  # it is gone
+        return False
+    return folder.resolve() in (here, *here.parents)
 
 
 def check_output_file(path: Path, option: str, suffixes: tuple[str, ...] = ()) -> None:

@@ -1,6 +1,7 @@
 """Loads dense models and tokenizers by name or path, with the class that the checkpoint was saved with."""
 
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,11 @@ def load_tokenizer(name: str) -> Any:
 
 
 def resolve_name(name: str) -> str:
-    """`"all-MiniLM-L6-v2"` means a folder of that name, else the copy that the `[demo]` extra carries, or the Hub's."""
+    """`"all-MiniLM-L6-v2"` means a folder of that name, else the copy that the `[demo]` extra carries, or the Hub's.
+
+    A `~` at the beginning is the home directory.
+    """
+    name = os.path.expanduser(name)
     return demo_model_path() if name == DEMO_MODEL.split("/")[-1] and not Path(name).is_dir() else name
 
 

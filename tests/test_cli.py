@@ -109,6 +109,20 @@ def test_refusals_come_before_any_work(dense: Path, texts: Path, tmp_path: Path)
         tcsp("calibrate", tmp_path / "empty", "--data", texts, "-o", tmp_path / "x")
     with pytest.raises(TCSPError, match="dtype"):
         tcsp("calibrate", dense, "--data", texts, "-o", tmp_path / "x", "--dtype", "int8")
+    with pytest.raises(TCSPError, match=r"holds 'mine\.txt'"):
+        tcsp("calibrate", "no/such-model", "--data", texts, "-o", full, "--overwrite")
+    with pytest.raises(TCSPError, match=r"--checkpoint .* is in --output .*: name another one"):
+        tcsp("calibrate", "no/such-model", "--data", texts, "-o", tmp_path / "x", "--checkpoint", tmp_path / "x" / "c")
+    train = ("train", "--model", "no/such-model", "--data", texts, "-o", tmp_path / "x")
+    for told, said in (
+        (("--hidden-size", 16, "--axes", "heads"), "--axes is 'heads'"),
+        (("--student", "small", "--axes", "heads"), "--axes is 'heads'"),
+        (("--student", "small", "--calibration-samples", 9), "--calibration-samples cannot go with --student"),
+        (("--hidden-size", 16, "--eval-split", "test"), "--eval-split is 'test', but unlabelled text is not scored"),
+        (("--hidden-size", 16, "--eval-samples", 9), "--eval-samples is 9, but unlabelled text is not scored"),
+    ):
+        with pytest.raises(TCSPError, match=said):
+            tcsp(*train, *told)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     assert (full / "mine.txt").read_text() == "keep"
 

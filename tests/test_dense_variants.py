@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from common import Case, dense_and_sample, find, make_dense, make_inputs, make_rows, make_small
+from torch.nn.utils import prune
 
 import tcsp_hf
 from tcsp_hf import TCSPError, calibrate, compress
@@ -139,6 +140,58 @@ def _int8(model: Any) -> None:
     torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, inplace=True)
 
 
+def _masked(model: Any) -> None:
+    prune.l1_unstructured(model.bert.encoder.layer[1].output.dense, "weight", 0.5)
+
+
+def _parametrised(model: Any) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model.bert.encoder.layer[0].attention.self.query)
+
+
+class _AdaptedLinear(torch.nn.Module):
+    """As adapters are: what is trained beside a linear that is left alone."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.beside = base, torch.nn.Linear(base.in_features, base.out_features)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.beside(x)
+
+
+def _adapted(model: Any) -> None:
+    attention = model.bert.encoder.layer[0].attention.self
+    attention.value = _AdaptedLinear(attention.value)
+
+
+def _repeated_layer(model: Any) -> None:
+    model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
+
+
+def _other_activation(model: Any) -> None:
+    model.bert.encoder.layer[1].intermediate.intermediate_act_fn = torch.nn.ReLU()
+
+
+def _other_pooler(model: Any) -> None:
+    model.bert.pooler.activation = torch.nn.ReLU()
+
+
+def _other_text_activation(model: Any) -> None:
+    model.decoder.block[1].layer[-1].DenseReluDense.act = torch.nn.GELU()
+
+
+def _biased_table(model: Any) -> None:
+    model.lm_head = torch.nn.Linear(32, 120)
+
+
+def _text_classifier(model: Any) -> None:
+    model.classification_head.out_proj = torch.nn.Linear(32, 5)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.ao, by which a model comes in int8
 @pytest.mark.parametrize(
     ("alter", "said"),
@@ -148,6 +201,15 @@ def _int8(model: Any) -> None:
         (_deep_head, "classifier is not a linear"),
         (_fewer_layers, "has 1 layers and num_hidden_layers=2"),
         (_int8, "is quantised"),
+        (_masked, r"layer\.1\.output\.dense \(Linear\) is no parameter of its own"),
+        (_parametrised, r"layer\.0\.attention\.self\.query .* is no parameter of its own"),
+        (_adapted, r"layer\.0\.attention\.self\.value \(_AdaptedLinear\) is no parameter of its own"),
+        (_repeated_layer, r"layer\.0\.\S+ and layer\.1\.\S+ are one module"),
+        (
+            _other_activation,
+            r"layer\.1\.intermediate_act_fn is ReLU, but .* say GELUActivation",
+        ),
+        (_other_pooler, r"pooler\.activation is ReLU"),
     ],
 )
 def test_models_that_are_not_what_their_configuration_says(alter: Any, said: str) -> None:
@@ -156,3 +218,28 @@ def test_models_that_are_not_what_their_configuration_says(alter: Any, said: str
     alter(dense)
     with pytest.raises(TCSPError, match=said):
         calibrate(dense, [{"input_ids": [2, 3, 4]}] * 4, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("head", "alter", "said"),
+    [
+        ("ForConditionalGeneration", _other_text_activation, r"block\.1 activation is GELU, .* say ReLU"),
+        ("ForConditionalGeneration", _biased_table, "lm_head has a bias"),
+        ("ForSequenceClassification", _text_classifier, r"classification_head\.out_proj is not a linear with .* 3 out"),
+        ("ForTokenClassification", _other_head, "classifier is not a linear with a bias and 3 outputs"),
+    ],
+)
+def test_t5_that_are_not_what_their_configuration_says(head: str, alter: Any, said: str) -> None:
+    dense = make_dense(find(f"t5-{head}"), torch.float32)
+    alter(dense)
+    with pytest.raises(TCSPError, match=said):
+        calibrate(dense, [{"input_ids": [2, 3, 1], "labels": [4, 1]}] * 4, progress=False)
+
+
+@pytest.mark.parametrize("same", [torch.nn.GELU(), torch.nn.functional.gelu], ids=["module", "function"])
+def test_an_activation_of_another_class_with_the_same_values(same: Any) -> None:
+    model = make_dense(CLASSIFIER, torch.float32)
+    for layer in model.bert.encoder.layer:
+        del layer.intermediate.intermediate_act_fn
+        layer.intermediate.intermediate_act_fn = same
+    assert statistics(CLASSIFIER, model).sequences == 40

@@ -7,6 +7,7 @@ import pytest
 
 from tcsp_hf import TCSPError
 from tcsp_hf.files import check_output_file, check_output_folder, new_folder
+from tcsp_hf.loading import resolve_name
 
 
 def everything(folder) -> dict[str, str]:
@@ -133,6 +134,28 @@ def test_relative_paths_and_strings(tmp_path, monkeypatch):
         (staging / "a.txt").write_text("a")
         monkeypatch.chdir("/")
     assert everything(tmp_path) == {"out": "", "out/a.txt": "a"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_current_directory_is_not_replaced(tmp_path, monkeypatch, overwrite):
+    (tmp_path / "here" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "deep")
+    for place in (".", tmp_path / "here" / "deep") + (("..", tmp_path) if overwrite else ()):
+        with pytest.raises(TCSPError, match=r"holds the current directory, .* name a folder below it"):
+            check_output_folder(place, overwrite)
+    with new_folder("out", overwrite) as staging:
+        (staging / "a.txt").write_text("a")
+    assert everything(tmp_path) == {"here": "", "here/deep": "", "here/deep/out": "", "here/deep/out/a.txt": "a"}
+
+
+def test_the_home_directory_has_a_short_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    with new_folder("~/out") as staging:
+        (staging / "a.txt").write_text("a")
+    assert everything(tmp_path) == {"home": "", "home/out": "", "home/out/a.txt": "a"}
+    assert resolve_name("~/out") == str(tmp_path / "home" / "out") and resolve_name("a/~b") == "a/~b"
 
 
 def test_checking_touches_nothing(tmp_path):

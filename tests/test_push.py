@@ -406,10 +406,14 @@ def test_incomplete_folders_and_bad_names_are_refused(folder: Path, tmp_path: Pa
 
 def test_a_token_in_a_file_is_refused(folder: Path) -> None:
     secret = "hf_" + "Zz9" * 11 + "a"
-    (folder / "notes.txt").write_text(f"login with {secret}")
-    with pytest.raises(TCSPError, match=r"notes\.txt holds an access token") as caught:
-        plan_push(folder, "me/small")
-    assert secret not in str(caught.value)
+    for name in ("notes.txt", "train.sh", "train.ipynb", "table.CSV", "log"):
+        (folder / name).write_bytes(f"login with {secret} \xff".encode("latin-1"))
+        with pytest.raises(TCSPError, match=f"{name} holds an access token") as caught:
+            plan_push(folder, "me/small")
+        assert secret not in str(caught.value)
+        (folder / name).unlink()
+    (folder / "picture.png").write_bytes(secret.encode())
+    assert "picture.png" in plan_push(folder, "me/small").files
 
 
 def test_links_out_of_the_folder_are_refused(folder: Path, tmp_path: Path) -> None:

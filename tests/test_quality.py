@@ -418,3 +418,16 @@ def test_summary(dense: Path, data: Path, tmp_path: Path) -> None:
         tcsp("bench", "summary", tmp_path / "one", tmp_path / "one")
     with pytest.raises(TCSPError, match="no finished table"):
         tcsp("bench", "summary", tmp_path)
+
+
+def test_a_task_with_splits_of_its_own_names(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MNLI has no split "validation"."""
+    folder = tmp_path / "data" / "glue" / "mnli"
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"premise": f"w{i} w{i % 7}", "hypothesis": f"w{i % 9}", "label": i % 3}) for i in range(40)]
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        (folder / f"{split}.json").write_text("\n".join(lines) + "\n")
+    monkeypatch.setenv("TCSP_DATA_DIR", str(tmp_path / "data"))
+    arguments = ("--model", dense, "--task", "mnli", "--remove", 0.3, "--methods", "magnitude", "--latency", "1x8")
+    found = json.loads(tcsp("bench", "quality", *arguments, "-o", tmp_path / "out", "--json"))
+    assert found["split"] == "validation_matched" and len(found["rows"]) == 1

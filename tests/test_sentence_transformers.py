@@ -124,6 +124,19 @@ def test_command(tmp_path: Path) -> None:
     plain = ["compress", str(tmp_path / "plain"), "-o", str(tmp_path / "from-plain"), *told]
     assert CliRunner().invoke(app, plain).exit_code == 0
     assert library.SentenceTransformer(str(tmp_path / "from-plain"), device="cpu")[1].pooling_mode == "mean"
+    plain[3] = str(tmp_path / "from-cls")
+    assert CliRunner().invoke(app, [*plain, "--pooling", "cls"]).exit_code == 0
+    made = library.SentenceTransformer(plain[3], device="cpu")
+    assert made[1].pooling_mode == "cls"
+    small = tcsp_hf.TCSPBertModel.from_pretrained(plain[3]).eval()
+    with torch.no_grad():
+        states = small(**make_tokenizer()(TEXTS, padding=True, return_tensors="pt")).last_hidden_state
+    expected = torch.nn.functional.normalize(small.lift(states)[:, 0], dim=-1).numpy()
+    assert np.abs(made.encode(TEXTS) - expected).max() <= 1e-5
+    plain[3] = str(tmp_path / "from-pooler")
+    result = CliRunner().invoke(app, [*plain, "--pooling", "pooler"])
+    assert isinstance(result.exception, TCSPError) and "pooling is 'pooler'" in str(result.exception)
+    assert not (tmp_path / "from-pooler").exists()
 
 
 def test_t5_encoder(tmp_path: Path) -> None:

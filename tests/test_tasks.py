@@ -397,7 +397,8 @@ def test_train_on_unlabelled_text(base: Path, tmp_path: Path) -> None:
     text = tmp_path / "train.txt"
     text.write_text("\n".join(f"w{i} w{i + 1} w{i % 5}" for i in range(60)))
     small = tmp_path / "small"
-    tcsp("train", "--model", base, "--data", text, "--hidden-size", 16, "--epochs", 1, "-o", small, "--quiet")
+    told = ("train", "--model", base, "--data", text, "--hidden-size", 16, "--epochs", 1, "-o", small, "--quiet")
+    assert "60 training rows, 2 steps, " in tcsp(*told), "in one line, though there is no score to tell"
     assert AutoModel.from_pretrained(small).config.hidden_size == 16
 
 

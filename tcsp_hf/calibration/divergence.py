@@ -18,6 +18,11 @@ def categorical_kl(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (expected.exp() * (expected - found)).sum(-1)
 
 
+def _token_kl(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`categorical_kl` (batch, tokens) of logits (batch, tokens, classes), one sequence after the other."""
+    return torch.stack([categorical_kl(*pair) for pair in zip(dense, other, strict=True)])
+
+
 def divergence(model: PreTrainedModel, objective: str, inputs: dict[str, Any], dense: Any, other: Any) -> torch.Tensor:
     """Sum over a batch of the divergence that `objective`'s Fisher information approximates to second order.
 
@@ -37,10 +42,10 @@ def divergence(model: PreTrainedModel, objective: str, inputs: dict[str, Any], d
     if objective == "classification":
         return _classification(model, dense.logits, other.logits)
     if objective == "pretraining":
-        tokens = categorical_kl(dense.prediction_logits, other.prediction_logits)
+        tokens = _token_kl(dense.prediction_logits, other.prediction_logits)
         sentence = categorical_kl(dense.seq_relationship_logits, other.seq_relationship_logits).sum()
         return sentence + MASKED_FRACTION * (tokens * mask).sum()
-    per_token = categorical_kl(dense.logits, other.logits)
+    per_token = _token_kl(dense.logits, other.logits)
     if objective == "seq2seq_lm":
         return (per_token * inputs["decoder_attention_mask"]).sum()
     return (per_token * mask).sum() * (MASKED_FRACTION if objective == "masked_lm" else 1.0)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import TCSPError
-from ..files import new_folder
+from ..files import check_output_folder, new_folder
 from .fingerprint import DataFingerprint
 from .sample import TokenSample
 
@@ -192,8 +192,9 @@ class Calibration:
         at all.
 
         Raises:
-            TCSPError: `folder` exists and is not empty, and `overwrite` is False.
+            TCSPError: `folder` exists and is not empty, and `overwrite` is False or it holds more than statistics.
         """
+        check_statistics_folder(folder, overwrite)
         rows, columns = torch.triu_indices(self.hidden_size, self.hidden_size)
         tensors: dict[str, torch.Tensor] = {}
         for name, site in self.sites.items():
@@ -266,6 +267,20 @@ class Calibration:
             )
         }
         return cls(**fields, sites=sites, sample=TokenSample.from_tensors(tensors))
+
+
+def check_statistics_folder(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """Refuse, before any long work, a folder that `Calibration.save` could not write.
+
+    Raises:
+        TCSPError: see `check_output_folder`; or the folder holds more than the statistics that would be replaced.
+    """
+    folder = check_output_folder(path, overwrite)
+    others = sorted({found.name for found in folder.iterdir()} - {_TENSORS, _SUMMARY}) if folder.is_dir() else []
+    if others:
+        raise TCSPError(
+            f"The folder {folder} holds {others[0]!r}, which is no part of statistics and would go: name another one."
+        )
 
 
 def _read_summary(path: Path) -> dict[str, Any]:

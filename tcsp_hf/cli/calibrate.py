@@ -8,8 +8,8 @@ import typer
 from ..calibration import calibrate_on_ranks
 from ..calibration.checkpoint import remove_checkpoint
 from ..calibration.ranks import device_of_this_process, launched
+from ..calibration.statistics import check_statistics_folder
 from ..data.sources import SAMPLE, load_data
-from ..files import check_output_folder
 from ..loading import load_model, load_tokenizer
 from .common import (
     ColumnsOption,
@@ -23,6 +23,7 @@ from .common import (
     QuietOption,
     SequencesOption,
     SplitOption,
+    check_outside,
     columns_of,
     print_json,
     print_table,
@@ -71,7 +72,8 @@ def calibrate_command(
 
     On several processes, each with its share of the data: accelerate launch -m tcsp_hf calibrate ..., or torchrun.
     """
-    check_output_folder(output, overwrite)
+    check_statistics_folder(output, overwrite)
+    check_outside("--checkpoint", checkpoint, output)
     columns = columns_of(text_columns)
     with launched() as first:
         texts = load_data(data, split)

@@ -122,6 +122,12 @@ def columns_of(value: str | None) -> tuple[str, ...] | None:
     return names
 
 
+def check_outside(option: str, folder: Path | None, output: Path) -> None:
+    """Refuse a folder to go on from that lies in the output folder, whose content is replaced at the end."""
+    if folder is not None and output.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise TCSPError(f"{option} {folder} is in --output {output}, which is written anew: name another one.")
+
+
 def this_machine() -> str:
     """What a card says that times were measured on."""
     return f"{platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
@@ -141,7 +147,10 @@ def _finite(value: Any) -> Any:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], note: str | None = None) -> None:
-    """A table on standard output; every column but the first is right-aligned."""
+    """A table on standard output; every column but the first is right-aligned. Without rows, its title and note."""
+    if not rows:
+        typer.echo(title if note is None else f"{title}\n{note}")
+        return
     table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")

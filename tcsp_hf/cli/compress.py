@@ -11,7 +11,13 @@ from ..compression import compress, count_parameters, removed_fraction, size_tab
 from ..compression.request import check_request
 from ..data.sources import SAMPLE, load_data
 from ..errors import TCSPError
-from ..export.sentence_transformer import load_source, pooling_of, require_encoder, save_sentence_transformer
+from ..export.sentence_transformer import (
+    check_pooling,
+    load_source,
+    pooling_of,
+    require_encoder,
+    save_sentence_transformer,
+)
 from ..files import check_output_folder, new_folder
 from ..loading import load_model, load_tokenizer
 from ..publish.card import write_card
@@ -84,7 +90,7 @@ def compress_command(
         str | None,
         typer.Option(
             help="Of an embedding model, where it is calibrated here: mean, cls or pooler. With --sentence-transformer "
-            "the source's own, otherwise the mean.",
+            "the source's own, or what a plain encoder is written with; otherwise the mean.",
             show_default=False,
         ),
     ] = None,
@@ -116,6 +122,8 @@ def compress_command(
     check_output_folder(output, overwrite)
     columns = columns_of(text_columns)
     source = load_source(model) if sentence_transformer else None
+    if sentence_transformer:
+        check_pooling(pooling or "mean", source)
     found = None if stats is None else Calibration.load(stats)
     texts = load_data(data, split) if found is None else None
     dense = load_model(model, dtype, device, offload)
@@ -154,7 +162,7 @@ def compress_command(
     small.doubt = None
     with new_folder(output, overwrite) as staging:
         if sentence_transformer:
-            save_sentence_transformer(small, tokenizer, source, staging)
+            save_sentence_transformer(small, tokenizer, source, staging, pooling or "mean")
         else:
             small.save_pretrained(staging, max_shard_size=max_shard_size)
             tokenizer.save_pretrained(staging)

@@ -28,6 +28,7 @@ from .common import (
     JsonOption,
     OverwriteOption,
     QuietOption,
+    check_outside,
     command_line,
     print_json,
     print_table,
@@ -48,6 +49,8 @@ from .finetune import (
     bars_hidden,
     score_rows,
 )
+
+_SAMPLES = 2000
 
 
 def train_command(
@@ -70,7 +73,7 @@ def train_command(
     axes: Annotated[
         str | None, typer.Option(help="What --remove may cut: some of hidden,filters,heads; all by default.")
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(help="Training sequences to calibrate on.", min=1)] = 2000,
+    calibration_samples: Annotated[int, typer.Option(help="Training sequences to calibrate on.", min=1)] = _SAMPLES,
     distillation: Annotated[
         float, typer.Option(help="Weight of the dense model in the loss; labels get the rest.")
     ] = 0.9,
@@ -113,12 +116,16 @@ def train_command(
         raise TCSPError("Give one of --remove, --hidden-size and --student.")
     if task is None and data is None:
         raise TCSPError("Give --task, or --data with unlabelled text.")
+    if axes is not None and remove is None:
+        raise TCSPError(f"--axes is {axes!r}, which says what --remove may cut: give --remove, or leave --axes out.")
+    if student is not None and calibration_samples != _SAMPLES:
+        raise TCSPError("--calibration-samples cannot go with --student, which is compressed already: leave it out.")
+    for option, value in (("--eval-split", eval_split), ("--eval-samples", eval_samples)):
+        if task is None and value is not None:
+            raise TCSPError(f"{option} is {value!r}, but unlabelled text is not scored: give --task, or leave it out.")
     chosen = None if task is None else find_task(task)
     check_output_folder(output, overwrite)
-    if checkpoints is not None and output.resolve() in (checkpoints.resolve(), *checkpoints.resolve().parents):
-        raise TCSPError(
-            f"--checkpoints {checkpoints} is in --output {output}, which is written anew: name another one."
-        )
+    check_outside("--checkpoints", checkpoints, output)
     rate = lr if lr is not None else (2e-4 if task is None else 5e-5)
     schedule = Schedule(epochs, rate, batch_size, max_length, seed=seed, bf16=bf16)
     bars = progress_of(quiet, as_json)

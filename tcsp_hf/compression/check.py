@@ -13,10 +13,11 @@ from ..errors import TCSPError
 from ..modes import evaluating
 from ..offload import device_of
 from .least_squares import HELD_OUT_EVERY
-from .streams import padded_batches
+from .streams import GROUP_TOKENS, padded_batches
 
 _SEQUENCES = 200
 _TOKENS = 8192
+_LOGITS = 2**26  # of a batch
 _FACTOR = 10.0
 _HARMLESS = 0.01
 
@@ -40,6 +41,13 @@ def objective_name(dense: PreTrainedModel, stats: Calibration) -> str:
     return stats.objective if stats.objective != "none" else objective_of(dense, "mean")[0]
 
 
+def _batch_tokens(dense: PreTrainedModel, objective: str) -> int:
+    """Tokens of a batch: fewer where each has a vocabulary of logits, and that is large."""
+    if objective not in ("masked_lm", "pretraining", "seq2seq_lm"):
+        return GROUP_TOKENS
+    return min(GROUP_TOKENS, max(64, _LOGITS // int(dense.config.vocab_size)))
+
+
 def measured_loss(dense: PreTrainedModel, small: Any, stats: Calibration) -> float | None:
     """Mean divergence to the dense model, in nats per sequence; None without a sample.
 
@@ -52,12 +60,13 @@ def measured_loss(dense: PreTrainedModel, small: Any, stats: Calibration) -> flo
     objective = objective_name(dense, stats)
     total = 0.0
     with evaluating(dense), torch.no_grad():
-        for batch in padded_batches(rows, device_of(dense)):
+        for batch in padded_batches(rows, device_of(dense), _batch_tokens(dense, objective)):
             inputs = model_inputs(dense, batch)
             expected, found = dense(**inputs, return_dict=True), small(**inputs, return_dict=True)
             if objective.startswith("embedding"):
                 found.last_hidden_state = small.lift(found.last_hidden_state)
             total += float(divergence(dense, objective, batch, expected, found))
+            del expected, found  # before the next batch has its own
     if not math.isfinite(total):
         raise TCSPError(
             "The compressed model's outputs on the calibration's own sequences hold a NaN or an infinity: compress in "

@@ -21,6 +21,8 @@ from ..loading import resolve_name
 
 _AFFINE = ("cls", "mean", "weightedmean", "lasttoken")
 """Poolings that commute with the lift; not so a maximum, nor a sum divided by the root of the length."""
+_PLAIN = ("mean", "cls")
+"""Those that `calibrate` knows, too."""
 
 
 def require_sentence_transformers() -> Any:
@@ -93,14 +95,30 @@ def require_encoder(dense: PreTrainedModel) -> None:
         )
 
 
-def to_sentence_transformer(model: PreTrainedModel, tokenizer: Any, source: Any | None = None) -> Any:
+def check_pooling(pooling: str, source: Any | None) -> None:
+    """Before the long work of compressing the model.
+
+    Raises:
+        TCSPError: a plain encoder (`source` is None) would be written with another pooling than mean and cls.
+    """
+    if source is None and pooling not in _PLAIN:
+        raise TCSPError(
+            f"pooling is {pooling!r}; a plain encoder becomes a sentence-transformers folder with one of "
+            f"{', '.join(_PLAIN)}."
+        )
+
+
+def to_sentence_transformer(
+    model: PreTrainedModel, tokenizer: Any, source: Any | None = None, pooling: str = "mean"
+) -> Any:
     """A `sentence_transformers.SentenceTransformer` around a compressed encoder, with embeddings in the dense space.
 
     Args:
         model: a compressed encoder without a head (`TCSPBertModel`, `TCSPT5EncoderModel`).
         tokenizer: its tokenizer.
         source: the dense model's SentenceTransformer, whose pooling, later modules, prompts and maximal length are
-            taken over; None for mean pooling and normalisation. It is left untouched.
+            taken over; None for `pooling` and normalisation. It is left untouched.
+        pooling: `"mean"` or `"cls"`, of a model without a source.
 
     Returns:
         The model on the CPU; `save_pretrained(folder)` writes it.
@@ -116,7 +134,8 @@ def to_sentence_transformer(model: PreTrainedModel, tokenizer: Any, source: Any 
             f"{type(model).__name__} is no compressed encoder without a head: sentence embeddings need a "
             "TCSPBertModel or a TCSPT5EncoderModel."
         )
-    modes = ("mean",) if source is None else _check_modules(source)
+    check_pooling(pooling, source)
+    modes = (pooling,) if source is None else _check_modules(source)
     with tempfile.TemporaryDirectory() as folder:  # the library builds its first module from a folder
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -153,12 +172,16 @@ def _settings(source: Any) -> dict[str, Any]:
 
 
 def save_sentence_transformer(
-    model: PreTrainedModel, tokenizer: Any, source: Any | None, folder: str | os.PathLike[str]
+    model: PreTrainedModel,
+    tokenizer: Any,
+    source: Any | None,
+    folder: str | os.PathLike[str],
+    pooling: str = "mean",
 ) -> None:
     """Write `to_sentence_transformer` into a folder that `SentenceTransformer(folder)` loads.
 
     Raises:
         TCSPError: see `to_sentence_transformer`.
     """
-    made = to_sentence_transformer(model, tokenizer, source)
+    made = to_sentence_transformer(model, tokenizer, source, pooling)
     made.save_pretrained(str(Path(folder)), create_model_card=False)

@@ -45,6 +45,8 @@ _LEFT_OUT = (
 """What a trainer, an editor or `calibrate` leaves in the folder: none of it belongs to the model, statistics hold a
 sample of the text, and pickles are not published."""
 _TEXT = (".json", ".md", ".py", ".txt", ".yaml", ".yml")
+_NO_TEXT = (".safetensors", ".bin", ".onnx", ".data", ".png", ".jpg", ".jpeg", ".gif", ".webp")
+_SCANNED_BYTES = 10_000_000
 _OLD_WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 _LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token with write access (https://huggingface.co/settings/tokens)"
 
@@ -211,7 +213,7 @@ def _plan(checkpoint: Checkpoint, repo_id: str, token: str | None) -> tuple[Push
     made = checkpoint.folder / CARD_FILE not in paths
     sizes = {path.relative_to(checkpoint.folder).as_posix(): path.stat().st_size for path in paths}
     for path in paths:
-        if path.suffix in _TEXT and holds_token(path.read_text(encoding="utf-8", errors="replace"), token):
+        if _may_hold_text(path) and holds_token(path.read_text(encoding="utf-8", errors="replace"), token):
             raise TCSPError(f"{path} holds an access token: remove it (and revoke the token) before pushing.")
     warnings, card = [], render_card(checkpoint, CardResults(), name=repo_id) if made else None
     if not made:
@@ -229,6 +231,12 @@ def _plan(checkpoint: Checkpoint, repo_id: str, token: str | None) -> tuple[Push
     if made:
         warnings.append("there is no README.md in the folder: a card without scores is made (see `tcsp card`)")
     return PushPlan(repo_id, sizes, made, warnings), operations
+
+
+def _may_hold_text(path: Path) -> bool:
+    """Scripts, tables and logs without a known suffix do; files beyond some size only where the suffix says so."""
+    suffix = path.suffix.lower()
+    return suffix in _TEXT or (suffix not in _NO_TEXT and path.stat().st_size < _SCANNED_BYTES)
 
 
 def _renamed(checkpoint: Checkpoint, repo_id: str) -> str | None:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import shutil
 import tomllib
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from ..calibration import Calibration
+from ..calibration.fingerprint import model_fingerprint
 from ..clock import NOTHING, Clock, Took
 from ..compression import Search, removed_fraction
 from ..compression.plan import AXES
@@ -26,12 +28,25 @@ from ..files import new_folder, write_whole
 from ..loading import load_model, load_tokenizer, resolve_name
 from ..tasks import Task, find_task, score
 from .arguments import check_teaching
+from .checkpoint import digest_of_rows
 from .distil import run_training, task_trainer
 from .finetune import Schedule, choose_rows, finetune
 from .models import load_for_task
 
 MODES = ("retraining-free", "fine-tuned", "distilled", "from-pretrained")
 _LABELS = {"model", "task", "remove", "mode"}
+_TEXTS = {"model", "task", "mode", "train_split", "eval_split", "form"}
+_NUMBERS = {"dense_epochs", "dense_lr", "epochs", "lr"}
+_SWITCHES = {"ready", "bf16"}
+_COUNTS = {
+    "batch_size": 1,
+    "max_length": 8,
+    "seed": 0,
+    "calibration_samples": 1,
+    "train_samples": 1,
+    "eval_samples": 1,
+}
+"""Whole numbers, and the least that each may be."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,10 @@ class Row:
                 raise TCSPError(f"{path} has the unknown field {name!r}; allowed: {', '.join(sorted(known))}.")
         for name in sorted(_LABELS - set(found)):
             raise TCSPError(f"{path} lacks the field {name!r}.")
+        for name, value in found.items():
+            wanted = _refused(name, value)
+            if wanted is not None:
+                raise TCSPError(f"{path}: {name} is {value!r}; it must be {wanted}.")
         if "axes" in found:
             found["axes"] = tuple(found["axes"])
         row = cls(name=path.stem, **found)
@@ -124,8 +143,9 @@ class Row:
             raise TCSPError(f"{path}: remove is {row.remove!r}; it must be a fraction between 0 and 1.")
         if row.mode == "from-pretrained" and row.ready:
             raise TCSPError(f"{path}: mode is 'from-pretrained', but ready says that the model is fine-tuned already.")
-        row.schedule()
         try:
+            row.schedule(dense=True)
+            row.schedule()
             check_teaching(row.distillation, row.temperature, row.hidden_weight, row.dropout)
         except TCSPError as error:
             raise TCSPError(f"{path}: {error}") from error
@@ -170,6 +190,22 @@ class Row:
     @property
     def stats_key(self) -> str:
         return f"{self.dense_key}-{self.key('calibration_samples', 'train_samples')}"
+
+
+def _refused(name: str, value: Any) -> str | None:
+    """What a row's field must be, where the value is of another type; None where it is right or checked elsewhere."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if name in _TEXTS and not isinstance(value, str):
+        return "text"
+    if name in _NUMBERS and not number:
+        return "a number"
+    if name in _SWITCHES and not isinstance(value, bool):
+        return "true or false"
+    if name in _COUNTS and not (number and isinstance(value, int) and value >= _COUNTS[name]):
+        return f"a whole number, at least {_COUNTS[name]}"
+    if name == "axes" and not (isinstance(value, list) and all(isinstance(axis, str) for axis in value)):
+        return f"a list of some of {', '.join(AXES)}"
+    return None
 
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Row) if field.default is not dataclasses.MISSING}
@@ -290,7 +326,7 @@ def run_row(
         shared: hand the same one to rows that follow each other.
 
     Raises:
-        TCSPError: the file there is of a row with other fields.
+        TCSPError: the file there is of a row with other fields, or what is kept of other weights or rows.
     """
     path = results / f"{row.name}.json"
     if path.is_file():
@@ -360,15 +396,16 @@ def _dense(
 ) -> tuple[str, dict[str, Any]]:
     """The dense fine-tuned model's folder (or name), its scores and what it took; kept for other rows."""
     kept = results / "dense" / row.dense_key
-    if not kept.is_dir():
+    name = resolve_name(row.model)
+    model = load_model(name) if row.ready else load_for_task(name, task, row.form, row.seed)[0]
+    source = _source(model, scored=held_out, **({} if row.ready else {"trained": data}))
+    if kept.is_dir():
+        _check_source(kept, kept / "record.json", source)
+    else:
         with new_folder(kept, overwrite=True) as staging:  # its name says what it holds
-            name = resolve_name(row.model)
             tokenizer = load_tokenizer(name)
             took = None
-            if row.ready:
-                model = load_model(name)
-            else:
-                model, _ = load_for_task(name, task, row.form, row.seed)
+            if not row.ready:
                 took = finetune(model, tokenizer, task, data, row.schedule(dense=True), staging / "trainer", quiet)
                 model.save_pretrained(staging)
                 tokenizer.save_pretrained(staging)
@@ -377,10 +414,11 @@ def _dense(
                 "seconds": None if took is None else round(took.training.wall, 3),
                 "processor_seconds": None if took is None else took.training.processor,
                 "steps": None if took is None else took.steps,
+                "source": source,
             }
             (staging / "record.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     record = json.loads((kept / "record.json").read_text(encoding="utf-8"))
-    return (resolve_name(row.model) if row.ready else str(kept)), record
+    return (name if row.ready else str(kept)), record
 
 
 def _compressed(
@@ -388,8 +426,14 @@ def _compressed(
 ) -> tuple[Any, Took]:
     """The compressed model before training, kept for other modes; what calibration, search and refit took."""
     kept = results / "compressed" / f"{row.stats_key}-{row.key('remove', 'axes')}"
-    if not kept.is_dir():
+    source = _source(dense, calibrated=data)
+    if kept.is_dir():
+        _check_source(kept, kept / "record.json", source)
+    else:
         statistics = results / "statistics" / row.stats_key
+        record = statistics.with_name(f"{statistics.name}.json")
+        if statistics.is_dir():
+            _check_source(statistics, record, source)
         shared.take(row.stats_key, statistics)
         searched = shared.search.took  # nothing where this row has to search
         trainer = task_trainer(
@@ -404,13 +448,12 @@ def _compressed(
             search=shared.search,
             **row.cut(),
         )
-        record = statistics.with_name(f"{statistics.name}.json")
         if shared.calibration is None:
             clock = Clock()
             shared.calibration = trainer.calibrate()
             assert shared.calibration is not None  # there are no other ranks here
             record.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(record, json.dumps(clock.read().fields()) + "\n")
+            write_whole(record, json.dumps(clock.read().fields() | {"source": source}) + "\n")
             shared.calibration.save(statistics)
         calibrated = _took(record)
         clock = Clock()
@@ -418,11 +461,28 @@ def _compressed(
         spent = calibrated + searched + clock.read()
         with new_folder(kept, overwrite=True) as staging:
             small.save_pretrained(staging)
-            (staging / "record.json").write_text(json.dumps(spent.fields()) + "\n", encoding="utf-8")
+            written = json.dumps(spent.fields() | {"source": source})
+            (staging / "record.json").write_text(written + "\n", encoding="utf-8")
     return load_model(str(kept)), _took(kept / "record.json")
+
+
+def _source(model: Any, **rows: Any) -> dict[str, str]:
+    """What a kept folder is made from: the fingerprint of a model, and a digest of the rows under each name."""
+    return {"weights": model_fingerprint(model)} | {name: digest_of_rows(data) for name, data in rows.items()}
+
+
+def _check_source(kept: Path, record: Path, source: dict[str, str]) -> None:
+    """Refuse a kept folder whose record names another source; older versions recorded none.
+
+    Raises:
+        TCSPError: it does.
+    """
+    found = json.loads(record.read_text(encoding="utf-8")).get("source", {})
+    if any(found.get(name, value) != value for name, value in source.items()):
+        raise TCSPError(f"{kept} was made from other weights or rows than the row names now: remove it.")
 
 
 def _took(record: Path) -> Took:
     """What was written down; older versions knew the clock on the wall alone."""
     found = json.loads(record.read_text(encoding="utf-8"))
-    return Took(**found) if "wall" in found else Took(found["seconds"], None)
+    return Took(found["wall"], found["processor"]) if "wall" in found else Took(found["seconds"], None)

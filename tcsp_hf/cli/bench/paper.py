@@ -11,6 +11,7 @@ from ...train.paper import MODES, Shared, in_order, read_rows, run_row, take_kno
 from ...train.paper_report import check_place, groups_of, missed_bars, picture, report, summary
 from ..common import JsonOption, QuietOption, print_json, progress_of
 from ..finetune import bars_hidden
+from .common import names_of
 
 
 def paper_command(
@@ -63,10 +64,13 @@ def paper_command(
                 raise TCSPError(
                     f"--set is {field!r}; it must be name=value as TOML has it, such as lr=2e-4."
                 ) from error
-        write_grid(rows, models.split(","), tasks.split(","), fractions, modes.split(","), drawn, fields or [])
+        write_grid(rows, names_of(models), names_of(tasks), fractions, names_of(modes), drawn, fields or [])
     chosen = in_order(read_rows(rows))
     if not run:
-        typer.echo(f"{len(chosen)} rows in {rows}")
+        if as_json:
+            print_json([row.fields() for row in chosen])
+        else:
+            typer.echo(f"{len(chosen)} rows in {rows}")
         return
     check_place(output)
     output.mkdir(parents=True, exist_ok=True)

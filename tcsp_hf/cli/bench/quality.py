@@ -24,6 +24,7 @@ from ...evaluation.quality import (
 from ...evaluation.quality_report import cells, columns, curves, markdown, notes
 from ...files import write_whole
 from ...plots import pictures_possible, quality_picture
+from ...tasks import TASKS, find_task
 from ..common import DeviceOption, JsonOption, QuietOption, print_json, print_table, progress_of
 from .common import ModelOption, RemoveOption, SeedOption, SequencesOption, TaskOption, names_of, numbers_of
 
@@ -37,7 +38,7 @@ def quality_command(
     axes: Annotated[
         str | None, typer.Option(help="What our method may cut, with commas; all that the architecture has.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split to score on.")] = "validation",
+    split: Annotated[str | None, typer.Option(help="Split to score on; the task's own by default.")] = None,
     eval_samples: Annotated[int | None, typer.Option(help="Score only the first rows of the split.", min=1)] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Other data to calibrate on, by name; the task's training split by default.")
@@ -73,6 +74,7 @@ def quality_command(
     plan.check()
     QualityFolder.check(output)
     bars = progress_of(quiet, as_json)
+    split = split or (find_task(task).splits[0] if task in TASKS else "validation")
     comparison = Comparison.load(
         model, task, sequences, seed, bars, split=split, items=eval_samples, calibration=calibration, device=device
     )
