@@ -66,7 +66,8 @@ def compress(
         latency: fraction of the dense model's time to take at most, measured here and now on such sequences.
         axes: what `remove`, `flops` and `latency` may cut: `"hidden"`, `"filters"` (feed-forward neurons), `"heads"`
             (whole heads, and their query/key and value/output sizes). Sizes differ per site and layer, chosen by
-            predicted loss. None: all three, or the hidden size alone where the statistics hold no token sample.
+            predicted loss. None: all three, or the hidden size alone where the statistics hold no token sample (which
+            `flops` and `latency` need).
         projection: `"per_site"`: every site of a BERT, every stack of a T5 has its own subspace; `"shared"`: one
             subspace from the pooled statistics (the paper's). None: per_site for BERT, shared for T5 (whose encoder
             and decoder then keep one embedding table, and whose result can be exported as a stock T5).
