@@ -120,7 +120,9 @@ def _token_rows(items: Iterable[Any], targets: bool) -> Iterator[Row]:
         if len(row.get("token_type_ids", row["input_ids"])) != len(row["input_ids"]):
             raise TCSPError(f"token_type_ids and input_ids of a row have different lengths: {_short(item)}.")
         if item.get("attention_mask") is not None:
-            _keep_masked(row, _numbers("attention_mask", item["attention_mask"]))
+            _keep_masked(row, _numbers("attention_mask", item["attention_mask"]), "input_ids", "token_type_ids")
+        if "decoder_input_ids" in row:
+            _keep_decoded(row, item.get("decoder_attention_mask"))
         columns = list(row) if columns is None else columns
         if list(row) != columns:
             raise TCSPError(f"data holds rows of tokens with the columns {columns} and with {list(row)}: give all one.")
@@ -147,14 +149,23 @@ def _whole_numbers(name: str, values: Any) -> list[int]:
         raise TCSPError(f"{name} is {_short(values)}; it must be a list of whole numbers.") from None
 
 
-def _keep_masked(row: Row, mask: list[Any]) -> None:
-    """Take out of a row, in place, what its attention mask leaves out."""
-    if len(mask) != len(row["input_ids"]):
-        raise TCSPError(f"An attention_mask has {len(mask)} entries for {len(row['input_ids'])} input_ids.")
+def _keep_decoded(row: Row, mask: Any) -> None:
+    """Take out of a row's decoder inputs, in place, what their mask leaves out, or without one what has no label."""
+    labels = row.pop("labels", [])  # they say nothing more than the decoder's inputs
+    if mask is not None:
+        _keep_masked(row, _numbers("decoder_attention_mask", mask), "decoder_input_ids")
+    elif len(labels) == len(row["decoder_input_ids"]):
+        _keep_masked(row, [int(label != -100) for label in labels], "decoder_input_ids")
+
+
+def _keep_masked(row: Row, mask: list[Any], *names: str) -> None:
+    """Take out of these columns of a row, in place, what an attention mask of the first one leaves out."""
+    if len(mask) != len(row[names[0]]):
+        raise TCSPError(f"An attention_mask has {len(mask)} entries for {len(row[names[0]])} {names[0]}.")
     wrong = next((value for value in mask if value not in (0, 1)), None)
     if wrong is not None or None in mask:
         raise TCSPError(f"An attention_mask holds {_short(wrong)}; it must hold 1 for tokens and 0 for padding.")
-    for name in ("input_ids", "token_type_ids"):
+    for name in names:
         if name in row:
             row[name] = [value for value, kept in zip(row[name], mask, strict=True) if kept]
 

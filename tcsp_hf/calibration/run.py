@@ -282,7 +282,8 @@ def _prepare(
 
 def _add_decoder_inputs(model: PreTrainedModel, head: str, inputs: Batch, max_target_length: int) -> None:
     if "decoder_input_ids" in inputs:
-        inputs.setdefault("decoder_attention_mask", torch.ones_like(inputs["decoder_input_ids"]))
+        if "decoder_attention_mask" not in inputs:
+            inputs["decoder_attention_mask"] = _decoder_mask(inputs, model.config.pad_token_id or 0)
         return
     start = model.config.decoder_start_token_id
     if start is None:
@@ -300,6 +301,17 @@ def _add_decoder_inputs(model: PreTrainedModel, head: str, inputs: Batch, max_ta
     inputs["decoder_attention_mask"] = mask
 
 
+def _decoder_mask(inputs: Batch, pad: int) -> torch.Tensor:
+    """Mask (batch, length) of the real decoder inputs: those that have a label; without labels, all but the pads at the
+    end (the first one may be a pad that starts the output)."""
+    ids, labels = inputs["decoder_input_ids"], inputs.get("labels")
+    if labels is not None and labels.shape == ids.shape:
+        return (labels != -100).long()
+    real = (ids != pad).long()
+    real[:, 0] = 1
+    return (real.flip(1).cumsum(1).flip(1) > 0).long()
+
+
 def _greedy(model: Any, inputs: Batch, max_target_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The model's own greedy output (batch, length) and the mask of its real tokens, the end token included."""
     # transformers makes a T5's cache of as many layers as the encoder has
@@ -311,10 +323,13 @@ def _greedy(model: Any, inputs: Batch, max_target_length: int) -> tuple[torch.Te
             max_new_tokens=max_target_length,
             do_sample=False,
             num_beams=1,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
             **({"use_cache": False} if deeper else {}),
         )
     target = generated[:, 1:]
-    ends = model.config.eos_token_id
+    ends = model.generation_config.eos_token_id  # where `generate` ends
+    ends = model.config.eos_token_id if ends is None else ends
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     ended = torch.isin(target, torch.tensor(ends, dtype=target.dtype, device=target.device)).long()
     mask = (ended.cumsum(1) - ended == 0).long()
