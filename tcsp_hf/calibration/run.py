@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import Site, blocks_of, dense_hidden_size, family_of, sites_of
 from ..errors import TCSPError
-from ..modes import evaluating
+from ..modes import check_gradients, evaluating, own_defaults
 from ..offload import device_of, forgetting
 from ..ranks import rank_and_size
 from .checkpoint import Checkpoint
@@ -31,6 +31,7 @@ class NoData(TCSPError):
     """The data holds no sequence."""
 
 
+@own_defaults()
 def calibrate(
     model: PreTrainedModel,
     data: Any,
@@ -90,6 +91,7 @@ def calibrate(
             checkpoint of another model, of other data or arguments.
     """
     family, head = family_of(model)
+    check_gradients(model)
     for name, value in (
         ("batch_size", batch_size),
         ("max_sequences", max_sequences),
@@ -267,7 +269,8 @@ def _prepare(
 ) -> Batch:
     """Inputs on the model's device, with masks filled in, decoder inputs made, and tokens masked for MLM heads."""
     device = device_of(model)
-    inputs = {name: value.to(device) for name, value in batch.items()}
+    # (a batch made in inference mode cannot be kept for the backward pass)
+    inputs = {name: (value.clone() if value.is_inference() else value).to(device) for name, value in batch.items()}
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     if mask_token is not None:
         chosen = draws.uniform(inputs["input_ids"].shape[1]).to(device) < MASKED_FRACTION
