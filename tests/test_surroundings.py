@@ -116,7 +116,8 @@ def test_greedy_targets_on_another_default_device() -> None:
 
 def test_a_float64_model_stays_one() -> None:
     dense, stats = dense_and_sample(BERT)
-    small = within(torch.autocast("cpu", dtype=torch.bfloat16), lambda: compress(dense, stats, hidden_size=32, refit=False))
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    small = within(autocast, lambda: compress(dense, stats, hidden_size=32, refit=False))
     inputs = make_inputs(BERT)
     with torch.no_grad():
         torch.testing.assert_close(small(**inputs).logits, dense(**inputs).logits, rtol=1e-8, atol=1e-8)

@@ -67,7 +67,8 @@ def calibrate(
         batch_size: sequences per forward pass.
         max_length: tokens per sequence; the model's own limit (512 for T5) when None.
         max_sequences: stop after so many sequences.
-        text_columns: one or two column names; found by name when None.
+        text_columns: one or two column names; found by name when None (for a sequence-to-sequence language model only
+            one, as which of two is the target is not known).
         fisher: also collect Gamma, the second moment of the gradients; `subspace="balanced"` needs it.
         pooling: for models without a head: `"mean"`, `"cls"` or `"pooler"`.
         max_target_length: longest decoder input, in tokens.
