@@ -1,5 +1,6 @@
 """`calibrate`: one streaming pass over text that keeps two D x D sums per site and nothing else."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from .objectives import Draws, objective_of
 from .recorder import Recorder
 from .sample import NAMES, TokenSample
 from .statistics import Calibration
+
+logger = logging.getLogger("tcsp_hf")
 
 _HALF_LOSS_SCALE = 1024.0  # keeps float16 gradients away from underflow; divided out again
 
@@ -134,7 +137,13 @@ def calibrate(
     )
     fingerprint = DataFingerprint()
     sample = TokenSample(sample_tokens)
-    mask_token = getattr(tokenizer, "mask_token_id", None) if name in ("masked_lm", "pretraining") else None
+    masked = name in ("masked_lm", "pretraining")
+    mask_token = getattr(tokenizer, "mask_token_id", None) if masked else None
+    if masked and mask_token is None:
+        logger.warning(
+            "No mask token is known, so this masked-LM head is calibrated on tokens that are not masked: pass the "
+            "model's own tokenizer as tokenizer=."
+        )
     scale = _HALF_LOSS_SCALE if model.dtype == torch.float16 else 1.0
     chosen = _chosen_sites(model, sites)
     recorder = Recorder(chosen, result.hidden_size, fisher, blocks_of(model), scale)
