@@ -1,11 +1,47 @@
-"""Dense models as they are measured, for a while."""
+"""Dense models as they are measured, and PyTorch as we compute with it, for a while."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import nn
 
+from .errors import TCSPError
+
 _CHUNK = "chunk_size_feed_forward"
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """PyTorch's defaults, whatever the caller's are: float32, the CPU, no autocast, and tensors that know gradients."""
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        for kind in _DEVICES:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":  # (to set a device slows every call down)
+            stack.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+def check_gradients(model: nn.Module) -> None:
+    """That a model's outputs can have gradients.
+
+    Raises:
+        TCSPError: it was made in inference mode.
+    """
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise TCSPError(
+            f"The parameters of this {type(model).__name__} are inference tensors, which know no gradients: load or "
+            "copy the model outside of torch.inference_mode()."
+        )
 
 
 @contextmanager

@@ -84,6 +84,16 @@ def test_options_out_of_bounds(arguments, named):
         compress(model, stats, hidden_size=16, **arguments)
 
 
+@both
+@pytest.mark.parametrize("name", ["flops", "latency"])
+def test_a_budget_of_a_mean_sequence_needs_a_sample(case: Case, name):
+    model, stats = dense_and_statistics(case)
+    for axes in (None, ("hidden",)):
+        with pytest.raises(TCSPError, match=f"{name}=0.7 .*sample_tokens above 0, or use remove= or hidden_size="):
+            compress(model, stats, axes=axes, **{name: 0.7})
+    compress(model, stats, remove=0.1)
+
+
 @pytest.mark.parametrize("stats", [None, {}, "stats/"])
 def test_statistics_of_the_wrong_kind(stats):
     with pytest.raises(TCSPError, match="must come from calibrate or Calibration"):

@@ -3,6 +3,7 @@
 import copy
 import random
 
+import pandas
 import pytest
 import torch
 from common import (
@@ -159,6 +160,30 @@ def test_the_second_text_is_the_target_of_a_language_model(tokenizer):
     assert stats.sites["decoder.final"].tokens == sum(2 + len(text.split()) for text in WORDS)
     cut = calibrate(model, pairs, tokenizer=tokenizer, progress=False, fisher=False, max_target_length=4)
     assert cut.sites["decoder.final"].tokens == 30 * 4
+
+
+def test_which_column_a_language_model_writes_must_be_named(tokenizer):
+    model, _ = dense_and_statistics(T5)
+    data = Dataset.from_dict({"question": WORDS, "context": WORDS[::-1]})
+    with pytest.raises(TCSPError, match=r"\['question', 'context'\].*\(input, target\) columns with text_columns="):
+        calibrate(model, data, tokenizer=tokenizer, progress=False)
+    chosen = {"tokenizer": tokenizer, "progress": False, "max_target_length": 3}
+    named = calibrate(model, data, text_columns=("question", "context"), **chosen)
+    assert_equal_statistics(named, calibrate(model, list(zip(WORDS, WORDS[::-1], strict=True)), **chosen))
+    alone = calibrate(model, data, text_columns="question", **chosen)
+    assert_equal_statistics(alone, calibrate(model, WORDS, **chosen))
+    encoder = find("t5-EncoderModel")
+    calibrate(dense_and_statistics(encoder)[0], data, **chosen)  # it writes nothing: a pair is what it reads
+
+
+def test_a_question_that_leaves_no_room_for_its_context(tokenizer):
+    """It is cut itself; the other rows stay as they were."""
+    model, _ = dense_and_statistics(BERT)
+    rows = [{"question": text, "context": "w1 w2"} for text in WORDS]
+    long = {"question": "w3 " * 60, "context": "w2"}
+    stats = calibrate(model, [*rows, long], tokenizer=tokenizer, progress=False)
+    expected = calibrate(model, [*rows, {**long, "question": "w3 " * 36}], tokenizer=tokenizer, progress=False)
+    assert_equal_statistics(stats, expected)
 
 
 def test_limits(tokenizer):
@@ -382,6 +407,7 @@ def test_columns_that_are_not_there(tokenizer):
         (b"bytes", "data is a bytes"),
         (17, "data is a int"),
         (None, "data is a NoneType"),
+        (pandas.DataFrame({"text": WORDS}), r"data is a DataFrame; .*tolist\(\)\) or Dataset\.from_pandas\(df\)"),
         ([1, 2], "data holds 1; every item must be a string"),
         (["a", 3], "data holds 3"),
         ([("a", "b", "c")], "pair of strings"),

@@ -11,6 +11,7 @@ from common import (
     dense_and_statistics,
     find,
     make_dense,
+    make_rows,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -227,3 +228,22 @@ def test_sample_of_a_calibration(tokenizer):
     assert 0 < small.sample.tokens <= 40
     none = calibrate(model, WORDS, tokenizer=tokenizer, sample_tokens=0, progress=False)
     assert none.sample.sequences() == []
+
+
+def test_token_types_that_only_some_sequences_have(tmp_path):
+    model, _ = dense_and_statistics(BERT)
+    typed = make_rows(BERT)
+    bare = [{"input_ids": row["input_ids"]} for row in make_rows(BERT, seed=1)]
+    zeros = [{**row, "token_type_ids": [0] * len(row["input_ids"])} for row in bare]
+    parts = [calibrate(model, rows, progress=False) for rows in (typed, bare, zeros)]
+    merged, expected = Calibration.merge(parts[:2]), Calibration.merge([parts[0], parts[2]])
+    merged.save(tmp_path / "stats")
+    loaded = Calibration.load(tmp_path / "stats")
+    assert loaded.sample.sequences() == expected.sample.sequences()
+    weights = compress(model, expected, hidden_size=16).state_dict()
+    for stats in (merged, loaded):
+        found = compress(model, stats, hidden_size=16).state_dict()
+        assert all(torch.equal(found[name], weights[name]) for name in weights)
+    batches = [{name: torch.tensor([value]) for name, value in row.items()} for row in typed + bare]
+    mixed = calibrate(model, batches, progress=False)
+    compress(model, mixed, remove=0.3)

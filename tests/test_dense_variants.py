@@ -1,6 +1,7 @@
 """Dense models as they come: with settings of other libraries, in training mode, with heads of their own habits."""
 
 import logging
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,47 @@ def test_time_is_that_of_evaluation(case: Case, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(LATENCY, "_time_ratio", ratio)
     small = compress(model.train(), stats, latency=0.75)
     assert small.config.projection["options"]["latency_table"][0]["latency"] == 0.75
+
+
+def test_a_budget_of_time_draws_nothing_from_the_callers_generator() -> None:
+    before = torch.get_rng_state()
+    with suppress(TCSPError):  # tiny models may not be as fast, but they were built
+        compress(*dense_and_sample(CLASSIFIER, torch.float32), latency=1.0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("case", [find("bert-Model"), find("t5-EncoderModel")], ids=str)
+def test_the_first_token_of_a_sequence_padded_on_the_left(case: Case) -> None:
+    dense = make_dense(case)
+    right = make_inputs(case)
+    length = right["input_ids"].shape[1]
+    right["position_ids"] = torch.arange(length).repeat(len(right["input_ids"]), 1)
+    if case.family == "t5":  # its positions are relative
+        del right["position_ids"]
+    counts = right["attention_mask"].sum(1).tolist()
+    left = {
+        name: torch.stack([row.roll(length - count) for row, count in zip(value, counts, strict=True)])
+        for name, value in right.items()
+    }
+    assert not bool(left["attention_mask"][:, 0].all())
+    expected, found = (calibrate(dense, [batch], pooling="cls", progress=False) for batch in (right, left))
+    for name, site in expected.sites.items():
+        other = found.sites[name]
+        torch.testing.assert_close(other.moment_sum, site.moment_sum, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(other.fisher_sum, site.fisher_sum, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForPreTraining", "ForTokenClassification"])
+def test_a_masked_lm_that_is_not_masked_is_said(head: str, caplog: pytest.LogCaptureFixture, tokenizer) -> None:
+    case = find(f"bert-{head}")
+    dense = make_dense(case, torch.float32)
+    with caplog.at_level(logging.WARNING, "tcsp_hf"):
+        calibrate(dense, make_rows(case, 4), tokenizer=tokenizer, progress=False)
+        assert not caplog.records
+        calibrate(dense, make_rows(case, 4), progress=False)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (head != "ForTokenClassification")
+    assert all("not masked" in text and "tokenizer=" in text for text in said)
 
 
 def test_multiple_choice_wants_choices(tokenizer) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architectures import family_of
+from .objectives import first_tokens
 
 MASKED_FRACTION = 0.15
 """Share of the tokens that a masked-LM head is calibrated on."""
@@ -64,14 +65,15 @@ def _classification(model: PreTrainedModel, dense: torch.Tensor, other: torch.Te
 def _embedding(objective: str, inputs: dict[str, Any], dense: Any, other: Any) -> torch.Tensor:
     """Half the squared distance of the unit vectors over D: what a random unit probe sees; (1 - cosine) / D."""
     units = []
+    mask = inputs.get("decoder_attention_mask", inputs["attention_mask"])
     for outputs in (dense, other):
         hidden = outputs.last_hidden_state.float()
         if objective.endswith("pooler"):
             pooled = outputs.pooler_output.float()
         elif objective.endswith("cls"):
-            pooled = hidden[:, 0]
+            pooled = first_tokens(hidden, mask)
         else:
-            weights = inputs.get("decoder_attention_mask", inputs["attention_mask"]).to(hidden).unsqueeze(-1)
+            weights = mask.to(hidden).unsqueeze(-1)
             pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
         units.append(nn.functional.normalize(pooled, dim=-1))
     return 0.5 * (units[0] - units[1]).square().sum() / units[0].shape[-1]

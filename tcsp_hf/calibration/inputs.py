@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ..errors import TCSPError
 
@@ -66,6 +66,24 @@ def count_sequences(data: Any, limit: int | None) -> int | None:
     return size if limit is None else min(size, limit)
 
 
+def check_kind(data: Any) -> None:
+    """That data is of a kind that `batches` reads.
+
+    Raises:
+        TCSPError: it is not.
+    """
+    frame = hasattr(data, "columns") and not isinstance(data, Dataset)  # it would give its columns' names
+    if not frame and isinstance(data, Iterable) and not isinstance(data, (str, bytes, Mapping)):
+        return
+    hint = " Choose one of its splits or columns." if isinstance(data, Mapping) else ""
+    if frame:
+        hint = " Give one column (df['text'].tolist()) or Dataset.from_pandas(df)."
+    raise TCSPError(
+        f"data is a {type(data).__name__}; it must be a list of strings, a Dataset, an IterableDataset, or a "
+        f"DataLoader of batches.{hint}"
+    )
+
+
 def batches(data: Any, options: InputOptions) -> Iterator[Batch]:
     """Padded batches: `input_ids`, `attention_mask`, perhaps `token_type_ids`, and for sequence-to-sequence models
     `decoder_input_ids` or `labels`. Class labels never pass, nor sequences without a single token.
@@ -74,12 +92,7 @@ def batches(data: Any, options: InputOptions) -> Iterator[Batch]:
         TCSPError: no data, no tokenizer for texts, unknown columns, rows or tensors that do not fit each other, masks
             of other values than 0 and 1, or token ids outside the vocabulary.
     """
-    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
-        hint = " Choose one of its splits or columns." if isinstance(data, Mapping) else ""
-        raise TCSPError(
-            f"data is a {type(data).__name__}; it must be a list of strings, a Dataset, an IterableDataset, or a "
-            f"DataLoader of batches.{hint}"
-        )
+    check_kind(data)
     if isinstance(data, DataLoader):
         yield from _loader_batches(data, options)
         return
@@ -120,7 +133,9 @@ def _token_rows(items: Iterable[Any], targets: bool) -> Iterator[Row]:
         if len(row.get("token_type_ids", row["input_ids"])) != len(row["input_ids"]):
             raise TCSPError(f"token_type_ids and input_ids of a row have different lengths: {_short(item)}.")
         if item.get("attention_mask") is not None:
-            _keep_masked(row, _numbers("attention_mask", item["attention_mask"]))
+            _keep_masked(row, _numbers("attention_mask", item["attention_mask"]), "input_ids", "token_type_ids")
+        if "decoder_input_ids" in row:
+            _keep_decoded(row, item.get("decoder_attention_mask"))
         columns = list(row) if columns is None else columns
         if list(row) != columns:
             raise TCSPError(f"data holds rows of tokens with the columns {columns} and with {list(row)}: give all one.")
@@ -147,14 +162,23 @@ def _whole_numbers(name: str, values: Any) -> list[int]:
         raise TCSPError(f"{name} is {_short(values)}; it must be a list of whole numbers.") from None
 
 
-def _keep_masked(row: Row, mask: list[Any]) -> None:
-    """Take out of a row, in place, what its attention mask leaves out."""
-    if len(mask) != len(row["input_ids"]):
-        raise TCSPError(f"An attention_mask has {len(mask)} entries for {len(row['input_ids'])} input_ids.")
+def _keep_decoded(row: Row, mask: Any) -> None:
+    """Take out of a row's decoder inputs, in place, what their mask leaves out, or without one what has no label."""
+    labels = row.pop("labels", [])  # they say nothing more than the decoder's inputs
+    if mask is not None:
+        _keep_masked(row, _numbers("decoder_attention_mask", mask), "decoder_input_ids")
+    elif len(labels) == len(row["decoder_input_ids"]):
+        _keep_masked(row, [int(label != -100) for label in labels], "decoder_input_ids")
+
+
+def _keep_masked(row: Row, mask: list[Any], *names: str) -> None:
+    """Take out of these columns of a row, in place, what an attention mask of the first one leaves out."""
+    if len(mask) != len(row[names[0]]):
+        raise TCSPError(f"An attention_mask has {len(mask)} entries for {len(row[names[0]])} {names[0]}.")
     wrong = next((value for value in mask if value not in (0, 1)), None)
     if wrong is not None or None in mask:
         raise TCSPError(f"An attention_mask holds {_short(wrong)}; it must hold 1 for tokens and 0 for padding.")
-    for name in ("input_ids", "token_type_ids"):
+    for name in names:
         if name in row:
             row[name] = [value for value, kept in zip(row[name], mask, strict=True) if kept]
 
@@ -170,6 +194,11 @@ def _text_rows(items: Iterable[Any], first: Any, options: InputOptions) -> Itera
             "data holds texts, so a tokenizer is needed: pass tokenizer=AutoTokenizer.from_pretrained(...)."
         )
     columns = _columns(first, options.text_columns)
+    if options.targets and options.text_columns is None and columns is not None and len(columns) == 2:
+        raise TCSPError(
+            f"This model writes texts, and which of the columns {list(columns)} it writes is not known: name the "
+            "(input, target) columns with text_columns=, or one column, for which the model writes the targets itself."
+        )
     count = len(_texts(first, columns))
     for chunk in _chunks(items, 256):
         texts = [_texts(item, columns) for item in chunk]
@@ -181,7 +210,12 @@ def _text_rows(items: Iterable[Any], first: Any, options: InputOptions) -> Itera
         if seconds is not None and not options.targets:
             arguments["text_pair"] = seconds
             arguments["truncation"] = "only_second" if columns == ("question", "context") else True
-        encoded = _encode(options.tokenizer, sources, **arguments)
+        try:
+            encoded = _encode(options.tokenizer, sources, **arguments)
+        except TCSPError:
+            if arguments["truncation"] is True:
+                raise
+            encoded = _encode(options.tokenizer, sources, **{**arguments, "truncation": True})  # a question too long
         names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
         rows = [{name: encoded[name][i] for name in names} for i in range(len(chunk))]
         if seconds is not None and options.targets:
@@ -195,7 +229,7 @@ def _text_rows(items: Iterable[Any], first: Any, options: InputOptions) -> Itera
 def _encode(tokenizer: Any, *texts: list[str], **arguments: Any) -> Any:
     try:
         return tokenizer(*texts, **arguments)
-    except (TypeError, ValueError, OverflowError) as error:  # half of a surrogate pair is no text
+    except Exception as error:  # (half of a surrogate pair; the Rust tokenizers' errors have no class of their own)
         raise TCSPError(f"The tokenizer cannot read one of the texts: {error}") from error
 
 

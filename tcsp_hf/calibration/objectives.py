@@ -129,6 +129,11 @@ def seq2seq_lm(model: PreTrainedModel, outputs: Any, batch: dict[str, torch.Tens
     return token_outputs(outputs.logits, batch["decoder_attention_mask"].bool(), draws)
 
 
+def first_tokens(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The states (batch, D) of every sequence's first real token; hidden (batch, length, D), mask (batch, length)."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), mask.long().argmax(1)]
+
+
 def embedding(pooling: str) -> Callable[..., torch.Tensor]:
     """Random unit probes against the L2-normalised pooled output (batch, D)."""
 
@@ -138,7 +143,7 @@ def embedding(pooling: str) -> Callable[..., torch.Tensor]:
         if pooling == "pooler":
             pooled = _upcast(outputs.pooler_output)
         elif pooling == "cls":
-            pooled = hidden[:, 0]
+            pooled = first_tokens(hidden, mask)
         else:
             weights = mask.to(hidden).unsqueeze(-1)
             pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)

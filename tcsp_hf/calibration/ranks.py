@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import TCSPError
 from ..ranks import on_every_rank, on_first_rank, rank_and_size
+from .inputs import check_kind
 from .run import NoData, calibrate
 from .statistics import Calibration
 
@@ -46,7 +47,8 @@ def calibrate_on_ranks(
     rank, size = rank_and_size()
     if size == 1:
         return calibrate(model, data, max_sequences=max_sequences, progress=progress, **options)
-    if isinstance(data, (DataLoader, str, bytes)) or not isinstance(data, Iterable):
+    check_kind(data)
+    if isinstance(data, DataLoader):
         raise TCSPError(f"data is a {type(data).__name__}; on several processes it must be texts or rows of tokens.")
     share = Share(data, rank, size, max_sequences)
 

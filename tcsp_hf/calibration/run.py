@@ -1,5 +1,6 @@
 """`calibrate`: one streaming pass over text that keeps two D x D sums per site and nothing else."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import Site, blocks_of, dense_hidden_size, family_of, sites_of
 from ..errors import TCSPError
-from ..modes import evaluating
+from ..modes import check_gradients, evaluating, own_defaults
 from ..offload import device_of, forgetting
 from ..ranks import rank_and_size
 from .checkpoint import Checkpoint
@@ -24,6 +25,8 @@ from .recorder import Recorder
 from .sample import NAMES, TokenSample
 from .statistics import Calibration
 
+logger = logging.getLogger("tcsp_hf")
+
 _HALF_LOSS_SCALE = 1024.0  # keeps float16 gradients away from underflow; divided out again
 
 
@@ -31,6 +34,7 @@ class NoData(TCSPError):
     """The data holds no sequence."""
 
 
+@own_defaults()
 def calibrate(
     model: PreTrainedModel,
     data: Any,
@@ -66,7 +70,8 @@ def calibrate(
         batch_size: sequences per forward pass.
         max_length: tokens per sequence; the model's own limit (512 for T5) when None.
         max_sequences: stop after so many sequences.
-        text_columns: one or two column names; found by name when None.
+        text_columns: one or two column names; found by name when None (for a sequence-to-sequence language model only
+            one, as which of two is the target is not known).
         fisher: also collect Gamma, the second moment of the gradients; `subspace="balanced"` needs it.
         pooling: for models without a head: `"mean"`, `"cls"` or `"pooler"`.
         max_target_length: longest decoder input, in tokens.
@@ -90,6 +95,7 @@ def calibrate(
             checkpoint of another model, of other data or arguments.
     """
     family, head = family_of(model)
+    check_gradients(model)
     for name, value in (
         ("batch_size", batch_size),
         ("max_sequences", max_sequences),
@@ -131,7 +137,13 @@ def calibrate(
     )
     fingerprint = DataFingerprint()
     sample = TokenSample(sample_tokens)
-    mask_token = getattr(tokenizer, "mask_token_id", None) if name in ("masked_lm", "pretraining") else None
+    masked = name in ("masked_lm", "pretraining")
+    mask_token = getattr(tokenizer, "mask_token_id", None) if masked else None
+    if masked and mask_token is None:
+        logger.warning(
+            "No mask token is known, so this masked-LM head is calibrated on tokens that are not masked: pass the "
+            "model's own tokenizer as tokenizer=."
+        )
     scale = _HALF_LOSS_SCALE if model.dtype == torch.float16 else 1.0
     chosen = _chosen_sites(model, sites)
     recorder = Recorder(chosen, result.hidden_size, fisher, blocks_of(model), scale)
@@ -267,7 +279,8 @@ def _prepare(
 ) -> Batch:
     """Inputs on the model's device, with masks filled in, decoder inputs made, and tokens masked for MLM heads."""
     device = device_of(model)
-    inputs = {name: value.to(device) for name, value in batch.items()}
+    # (a batch made in inference mode cannot be kept for the backward pass)
+    inputs = {name: (value.clone() if value.is_inference() else value).to(device) for name, value in batch.items()}
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     if mask_token is not None:
         chosen = draws.uniform(inputs["input_ids"].shape[1]).to(device) < MASKED_FRACTION
@@ -282,7 +295,8 @@ def _prepare(
 
 def _add_decoder_inputs(model: PreTrainedModel, head: str, inputs: Batch, max_target_length: int) -> None:
     if "decoder_input_ids" in inputs:
-        inputs.setdefault("decoder_attention_mask", torch.ones_like(inputs["decoder_input_ids"]))
+        if "decoder_attention_mask" not in inputs:
+            inputs["decoder_attention_mask"] = _decoder_mask(inputs, model.config.pad_token_id or 0)
         return
     start = model.config.decoder_start_token_id
     if start is None:
@@ -300,6 +314,17 @@ def _add_decoder_inputs(model: PreTrainedModel, head: str, inputs: Batch, max_ta
     inputs["decoder_attention_mask"] = mask
 
 
+def _decoder_mask(inputs: Batch, pad: int) -> torch.Tensor:
+    """Mask (batch, length) of the real decoder inputs: those that have a label; without labels, all but the pads at the
+    end (the first one may be a pad that starts the output)."""
+    ids, labels = inputs["decoder_input_ids"], inputs.get("labels")
+    if labels is not None and labels.shape == ids.shape:
+        return (labels != -100).long()
+    real = (ids != pad).long()
+    real[:, 0] = 1
+    return (real.flip(1).cumsum(1).flip(1) > 0).long()
+
+
 def _greedy(model: Any, inputs: Batch, max_target_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The model's own greedy output (batch, length) and the mask of its real tokens, the end token included."""
     # transformers makes a T5's cache of as many layers as the encoder has
@@ -311,10 +336,13 @@ def _greedy(model: Any, inputs: Batch, max_target_length: int) -> tuple[torch.Te
             max_new_tokens=max_target_length,
             do_sample=False,
             num_beams=1,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
             **({"use_cache": False} if deeper else {}),
         )
     target = generated[:, 1:]
-    ends = model.config.eos_token_id
+    ends = model.generation_config.eos_token_id  # where `generate` ends
+    ends = model.config.eos_token_id if ends is None else ends
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     ended = torch.isin(target, torch.tensor(ends, dtype=target.dtype, device=target.device)).long()
     mask = (ended.cumsum(1) - ended == 0).long()

@@ -6,7 +6,7 @@ of shards merge.
 """
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,14 @@ from ..errors import TCSPError
 
 NAMES = ("input_ids", "token_type_ids", "decoder_input_ids")
 _NO_LIMIT = 1 << 128  # above every hash
+
+
+def column_of(rows: Sequence[dict[str, list[int]]], name: str) -> list[list[int]] | None:
+    """What every row has by this name; None where not all have it. Token types that some have are 0 in the others, as
+    the model takes them there."""
+    if name == "token_type_ids" and any(name in row for row in rows):
+        return [row[name] if name in row else [0] * len(row["input_ids"]) for row in rows]
+    return [row[name] for row in rows] if all(name in row for row in rows) else None
 
 
 @dataclass(order=True)
@@ -79,11 +87,10 @@ class TokenSample:
             return found
         found["sample.keys"] = torch.tensor([_halves(-entry.rank) for entry in entries])
         for name in NAMES:
-            if all(name in entry.rows for entry in entries):
-                found[f"sample.{name}"] = torch.tensor(
-                    [token for entry in entries for token in entry.rows[name]], dtype=torch.int32
-                )
-                found[f"sample.{name}.lengths"] = torch.tensor([len(entry.rows[name]) for entry in entries])
+            column = column_of([entry.rows for entry in entries], name)
+            if column is not None:
+                found[f"sample.{name}"] = torch.tensor([token for row in column for token in row], dtype=torch.int32)
+                found[f"sample.{name}.lengths"] = torch.tensor([len(row) for row in column])
         return found
 
     @classmethod

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import TCSPError
 from ..files import check_output_folder, new_folder
+from ..modes import own_defaults
 from .fingerprint import DataFingerprint
 from .sample import TokenSample
 
@@ -187,6 +188,7 @@ class Calibration:
             sample=TokenSample.merge(part.sample for part in parts),
         )
 
+    @own_defaults()
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write `calibration.safetensors` (upper triangles) and `calibration.json` into a new folder, whole or not
         at all.
@@ -224,6 +226,7 @@ class Calibration:
             (staging / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
+    @own_defaults()
     def load(cls, folder: str | os.PathLike[str]) -> "Calibration":
         """Read what `save` wrote; every number is checked.
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..architectures import dense_hidden_size, family_of
 from ..calibration import Calibration
 from ..errors import TCSPError
-from ..modes import evaluating
+from ..modes import check_gradients, evaluating, own_defaults
 from . import bert, t5
 from .builder import Builder
 from .check import doubt_about, measured_loss, objective_name
@@ -31,6 +31,7 @@ from .subspace import Basis, Spectrum, make_basis, spectrum
 logger = logging.getLogger("tcsp_hf")
 
 
+@own_defaults()
 def compress(
     model: PreTrainedModel,
     stats: Calibration,
@@ -66,7 +67,8 @@ def compress(
         latency: fraction of the dense model's time to take at most, measured here and now on such sequences.
         axes: what `remove`, `flops` and `latency` may cut: `"hidden"`, `"filters"` (feed-forward neurons), `"heads"`
             (whole heads, and their query/key and value/output sizes). Sizes differ per site and layer, chosen by
-            predicted loss. None: all three, or the hidden size alone where the statistics hold no token sample.
+            predicted loss. None: all three, or the hidden size alone where the statistics hold no token sample (which
+            `flops` and `latency` need).
         projection: `"per_site"`: every site of a BERT, every stack of a T5 has its own subspace; `"shared"`: one
             subspace from the pooled statistics (the paper's). None: per_site for BERT, shared for T5 (whose encoder
             and decoder then keep one embedding table, and whose result can be exported as a stock T5).
@@ -91,6 +93,7 @@ def compress(
         TCSPError: bad arguments, statistics of another model, or too few tokens; nothing was built then.
     """
     family, head = family_of(model)
+    check_gradients(model)
     check_statistics(model, stats)
     request = check_request(
         model,

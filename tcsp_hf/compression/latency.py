@@ -46,7 +46,8 @@ def allocate_by_latency(
             low = share
             share = (low + high) / 2
             continue
-        small: Any = builder.model_class(builder.config(sizes))
+        with torch.random.fork_rng(devices=[]):  # its weights are random, and made on the CPU
+            small: Any = builder.model_class(builder.config(sizes))
         small = small.to(device=device_of(builder.dense), dtype=builder.dense.dtype).eval()
         fraction = _time_ratio(run, builder.dense, small)
         rows.append({"flops": round(share, 4), "latency": round(fraction, 4)})

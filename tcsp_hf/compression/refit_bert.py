@@ -235,7 +235,7 @@ class BertRefit:
         for group in self._groups():
             carried.write(group.rows, constant * self._unit(self._read(sums, group), basis))
         sums.close()
-        self._made(f"{norm}.weight", torch.full((basis.size,), constant))
+        self._made(f"{norm}.weight", torch.full((basis.size,), constant, dtype=torch.float32))
         return carried
 
     def _unit(self, sums: torch.Tensor, basis: Basis) -> torch.Tensor:

@@ -307,7 +307,7 @@ class _Stack:
             return states, self._bias(block, group.length)
         rows, real = self.memory.sample.padded_rows(group.members)
         stream = self.memory.own if own else self.memory.dense
-        padding = torch.zeros(real.shape).masked_fill(~real, torch.finfo(torch.float32).min)
+        padding = torch.zeros(real.shape, dtype=torch.float32).masked_fill(~real, torch.finfo(torch.float32).min)
         return stream.gather(rows.flatten()).to(self.device), padding[:, None, None, :].to(self.device)
 
     def _heads_of(

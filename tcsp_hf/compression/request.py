@@ -77,6 +77,12 @@ def check_request(
     _check_choice("projection", kind, PROJECTION_KINDS)
     _check_choice("subspace", subspace, SUBSPACES)
     _check_budgets(full, budgets)
+    for name in ("flops", "latency"):
+        if budgets[name] is not None and not has_sample:
+            raise TCSPError(
+                f"{name}={budgets[name]} is of a mean calibration sequence, but the statistics hold no token sample: "
+                "calibrate with sample_tokens above 0, or use remove= or hidden_size=."
+            )
     if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or not 1 <= multiple_of <= full:
         raise TCSPError(f"multiple_of is {multiple_of!r}; it must be an integer from 1 to {full}.")
     if not isinstance(epsilon, (int, float)) or isinstance(epsilon, bool) or not 0.0 < epsilon < float("inf"):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..calibration.sample import NAMES, column_of
 from .least_squares import HELD_OUT_EVERY
 
 GROUP_TOKENS = 2048
@@ -93,8 +94,11 @@ def padded_batches(
     def close() -> None:
         if members:
             batch: dict[str, torch.Tensor] = {}
-            for name in members[0]:
-                rows = [torch.tensor(row[name]) for row in members]
+            for name in NAMES:
+                column = column_of(members, name)
+                if column is None:
+                    continue
+                rows = [torch.tensor(row) for row in column]
                 batch[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
                 if name in ("input_ids", "decoder_input_ids"):
                     ones = [torch.ones_like(row) for row in rows]

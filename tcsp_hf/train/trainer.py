@@ -31,7 +31,14 @@ from .sites import Batch, SiteSums, SiteTargets
 
 logger = logging.getLogger("tcsp_hf")
 _INPUTS = ("input_ids", "inputs_embeds")
-_ROW_NAMES = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "labels")
+_ROW_NAMES = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "decoder_input_ids",
+    "decoder_attention_mask",
+    "labels",
+)
 
 
 def _plain(model: Any) -> Any:
