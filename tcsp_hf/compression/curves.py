@@ -177,7 +177,8 @@ class CurveMeasure:
     # --- blocks ------------------------------------------------------------------------------------------------
 
     def _portions(self) -> Iterator[list[Block]]:
-        """Blocks whose normal equations fit together into the memory of the dense model's own weights."""
+        """Blocks whose normal equations, and the rows that wait for them, fit into the memory of the dense model's own
+        weights."""
         wanted = [b for b in self.blocks if ("heads" if b.attends else "filters") in self.axes]
         rest = [b for b in self.blocks if b not in wanted]
         room = sum(p.numel() for p in self.dense.parameters()) * 4
