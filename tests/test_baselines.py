@@ -330,3 +330,14 @@ def test_statistics_without_a_sample_are_refused(name: str) -> None:
     stats = calibrate(dense, [{"input_ids": [3, 7, 9, 4]}] * 4, progress=False, sample_tokens=0)
     with pytest.raises(TCSPError, match="sample_tokens"):
         BASELINES[name].compress(dense, stats, 0.3)
+
+
+def test_low_rank_factors_of_inputs_that_hardly_differ() -> None:
+    """A decoder that writes one of two labels reads a few embeddings: float32 sums of them are indefinite."""
+    dense = make_dense(find("t5-ForConditionalGeneration"), torch.float32, d_model=128)
+    with torch.no_grad():
+        dense.shared.weight += 3.0 * torch.randn(128, generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": [5 + i % 50, 7, 9, 1], "decoder_input_ids": [0, 5 + i % 2]} for i in range(400)]
+    stats = calibrate(dense, rows, progress=False)
+    small = BASELINES["svd"].compress(dense, stats, 0.3)
+    assert all(torch.isfinite(value).all() for value in small.state_dict().values())

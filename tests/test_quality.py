@@ -1,5 +1,6 @@
 """`tcsp bench quality` and what it scores with, on tiny models."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -129,13 +130,19 @@ def test_finished_rows_are_not_made_again(
     assert (output / "rows" / "svd-0.2.json").read_text() != first
 
 
-def test_rows_of_another_comparison_stay_apart(dense: Path, data: Path, tmp_path: Path) -> None:
+def test_rows_of_another_comparison_stay_apart(
+    dense: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "table"
     options = ("--remove", "0.2", "--methods", "magnitude")
     bench(dense, data, output, *options)
     with pytest.raises(TCSPError, match=r"another comparison: seed is 0 there and 1 now.*--fresh"):
         bench(dense, data, output, *options, "--seed", 1)
     bench(dense, data, output, *options, "--seed", 1, "--fresh")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 77)
+    with pytest.raises(TCSPError, match=r"another comparison: threads is \d+ there and 77 now"):
+        bench(dense, data, output, *options, "--seed", 1)
+    monkeypatch.undo()
     (output / "rows" / "magnitude-0.2.json").write_text("{")
     with pytest.raises(TCSPError, match="cannot be read"):
         bench(dense, data, output, *options, "--seed", 1)
@@ -150,6 +157,17 @@ def test_what_a_method_cannot_do_is_a_dash_and_tried_again(dense: Path, data: Pa
     before = path.stat().st_mtime_ns
     bench(dense, data, output, *options)
     assert path.stat().st_mtime_ns > before
+
+
+def test_a_method_that_fails_in_its_arithmetic_costs_its_row(
+    dense: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_arguments: Any) -> torch.Tensor:
+        return torch.linalg.cholesky(-torch.eye(2))
+
+    monkeypatch.setitem(BASELINES, "svd", dataclasses.replace(BASELINES["svd"], compress=fails))
+    found = bench(dense, data, tmp_path / "table", "--remove", "0.3", "--methods", "svd,magnitude")
+    assert "whitened low-rank SVD at 30%: linalg.cholesky" in found
 
 
 def test_bad_input_comes_before_any_work(dense: Path, data: Path, tmp_path: Path) -> None:

@@ -147,9 +147,8 @@ def _second_moments(model: PreTrainedModel, stats: Calibration, groups: list[_Gr
 
     def watch(index: int, stack: str) -> Any:
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            rows = real_rows(args[0], seen[0], stack)
-            rows = rows if rows.dtype == torch.float64 else rows.float()
-            sums[index] += (rows.T @ rows).double()
+            rows = real_rows(args[0], seen[0], stack).double()  # float32 sums can be indefinite by more than the ridge
+            sums[index] += rows.T @ rows
             counts[index] += len(rows)
 
         return hook

@@ -206,6 +206,8 @@ def identity_of(comparison: Comparison, plan: Plan, names: dict[str, Any]) -> di
         "seed": comparison.seed,
         "axes": None if plan.axes is None else list(plan.axes),
         "latency": list(plan.latency),
+        "device": str(comparison.dense.device),
+        "threads": torch.get_num_threads(),
         "method_version": METHOD_VERSION,
     }
 
@@ -268,7 +270,7 @@ def _row(comparison: Comparison, plan: Plan, folder: QualityFolder, search: Sear
     try:
         with PeakMemory(dense.device) as memory:
             small = method.compress(dense, stats, removed)
-    except TCSPError as error:
+    except (TCSPError, torch.linalg.LinAlgError) as error:
         return {**row, "error": str(error)}
     seconds = time.perf_counter() - started
     if name == OURS and search.seconds == searched:
