@@ -23,7 +23,8 @@ from .scoring import Classification, Matthews, Regression, Retrieval, Similarity
 
 
 def load_task(model: PreTrainedModel, name: str, split: str | None = None, items: int | None = None) -> Task[Any]:
-    """The task that fits the model's head, from the data `name` (see `load_data`); `items`: only its first rows.
+    """The task that fits the model's head, from the data `name` (see `load_data`); `items`: only its first rows, of a
+    search its first questions.
 
     `split`: the task's own evaluation split when None, "validation" of other data.
 
@@ -55,8 +56,10 @@ def _load_task(model: PreTrainedModel, name: str, split: str | None, items: int 
     if name == SAMPLE:
         if not encoder:
             raise TCSPError(f"{name!r} is a search for sentence encoders; {type(model).__name__} has a head.")
+        if split != "validation":
+            raise TCSPError(f"{name!r} has no split {split!r}: its search is the split 'validation'.")
         sample = load_squad_sample()
-        return Retrieval(name, sample.paragraphs, sample.questions, sample.answers_in)
+        return Retrieval(name, sample.paragraphs, sample.questions[:items], sample.answers_in[:items])
     data = first_rows(load_data(name, split), items)
     if isinstance(data, list):
         raise TCSPError(f"{name!r} is text without labels: it can be calibrated on, but not scored on.")
