@@ -82,6 +82,14 @@ def family_of(model: PreTrainedModel) -> tuple[str, str]:
     return family, head
 
 
+def writing_options(model: PreTrainedModel) -> dict[str, bool]:
+    """What `generate` must be told of a model: no cache for a dense T5 whose decoder has more layers than its encoder,
+    because transformers makes the cache of as many layers as the encoder has."""
+    config = model.config
+    deeper = getattr(config, "num_decoder_layers", 0) > config.num_hidden_layers
+    return {"use_cache": False} if config.model_type in PREFIXES and deeper else {}
+
+
 def _check_layout(model: Any, family: str) -> None:
     """Raise TCSPError where layers, linears or a head are not those that the configuration speaks of."""
     name, config = type(model).__name__, model.config

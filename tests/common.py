@@ -369,6 +369,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def make_ending_tokenizer() -> PreTrainedTokenizerFast:
+    """`make_tokenizer` with an end token behind every text, as T5's classifiers need it."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", EOS)]
+    )
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer
+
+
 # Compressed configurations with every size uneven -------------------------------------------------------------------
 
 UNEVEN: dict[str, dict[str, Any]] = {

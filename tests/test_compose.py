@@ -3,13 +3,16 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from common import find, make_dense, make_inputs, make_tokenizer, make_uneven
+from common import find, make_dense, make_ending_tokenizer, make_inputs, make_small, make_tokenizer, make_uneven
+from datasets import Dataset
 from test_cli import tcsp
 
 from tcsp_hf import TCSPError
+from tcsp_hf.cli.bench import compose as command
 from tcsp_hf.evaluation import compose
 from tcsp_hf.evaluation.scoring import Classification
 from tcsp_hf.publish.results import CardResults
@@ -29,8 +32,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from datasets import Dataset
-
     folder = tmp_path / "data" / "glue" / "sst2"
     folder.mkdir(parents=True)
     rows = [" ".join(f"w{(i * j + i) % 30}" for j in range(3 + i % 7)) for i in range(40)]
@@ -72,9 +73,55 @@ def test_a_way_that_does_not_run_says_why() -> None:
 
     ways = {"as it is": compose.WAYS["as it is"], "other": compose.Way(None, fail)}
     task = Classification("two", ["w1 w2", "w3"], [0, 1])
-    found = compose.compare_ways({"dense": dense}, ways, task, make_tokenizer(), batch=1, length=4, rounds=1)
+    told = {"batch": 1, "rounds": 1}
+    found = compose.compare_ways({"dense": dense}, ways, task, make_tokenizer(), length=4, **told)
     assert found[0]["distance"] == 0.0 and found[0]["ms"] > 0
     assert found[1] == {"model": "dense", "way": "other", "error": "NotImplementedError: not on this processor"}
+    with pytest.raises(TCSPError, match="The dense model, as it is, cannot be scored or timed: RuntimeError: "):
+        compose.compare_ways({"dense": dense}, ways, task, make_tokenizer(), length=41, **told)
+
+
+def test_a_t5_classifier_reads_its_end_token() -> None:
+    case = find("t5-ForSequenceClassification")
+    models = {"dense": make_dense(case, torch.float32), "compressed": make_small(case)}
+    ways = compose.choose_ways([])
+    task = Classification("two", ["w1 w2", "w3"], [0, 1])
+    found = compose.compare_ways(models, ways, task, make_ending_tokenizer(), batch=2, length=4, rounds=1)
+    assert [row["ms"] > 0 for row in found] == [True, True]
+
+
+def test_own_data_and_splits_of_other_names(
+    models: tuple[Path, Path], data: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a card says of the data; LoRA learns a known task's labels by their names."""
+    dense, small = models
+    own = tmp_path / "data" / "glue" / "sst2"
+    told = ("bench", "compose", "--model", small, "--dense", dense, "--batch", 1, "--length", 4, "--rounds", 1)
+    told = (*told, "--ways", "as it is", "--json")
+    tcsp(*told, "--task", own, "--card-results", tmp_path / "own.json")
+    (entry,) = CardResults.load(tmp_path / "own.json").evaluations
+    assert (entry.dataset, entry.config, entry.split) == ("sst2", None, "validation")
+    with pytest.raises(TCSPError, match=r"--lora-samples trains on a GLUE task's rows, but --task is"):
+        tcsp(*told, "--task", own, "--lora-samples", 4)
+    rows = [{"score": 1.0, "ms": 1.0, "accuracy": 0.5}] * 2
+    card = command._for_card(rows, "mnli", Classification("mnli", ["w1"], [0]), 1, 4, None)
+    assert (card.evaluations[0].config, card.evaluations[0].split) == ("mnli", "validation_matched")
+
+    swapped = [{"sentence": f"w{i}", "label": ["positive", "negative"][i % 2]} for i in range(6)]
+    Dataset.from_list(swapped).to_parquet(str(own / "train.parquet"))
+    learned: list[int] = []
+    monkeypatch.setattr(
+        command, "finetune", lambda _model, _tokenizer, _task, rows, *_more: learned.extend(rows["label"])
+    )
+
+    def adapt(model: Any, train: Any, _inputs: Any) -> Any:
+        train(model)
+        return model, {}
+
+    monkeypatch.setattr(command, "adapt", adapt)
+    monkeypatch.setattr(command, "find_spec", lambda _name: True)
+    tcsp(*told, "--lora-samples", 6)
+    assert learned == [1, 0] * 3
 
 
 def test_refusals(models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,3 +200,11 @@ def test_bench_trains_every_form_alike(tmp_path: Path, monkeypatch: pytest.Monke
         assert row["kl after training"] != row["kl"]
     with pytest.raises(TCSPError, match="--hidden-size is 30"):
         tcsp("bench", "plain-bert", "--model", folder, "--hidden-size", 30)
+    with pytest.raises(AssertionError, match="--eval-samples"):
+        tcsp("bench", "plain-bert", "--model", folder, "--eval-samples", 0)
+    data.rename(data.parent / "cola")
+    told = ("--remove", 0.3, "--hidden-size", 28, "--train-samples", 0, "--eval-samples", 20, "--sequences", 20)
+    found = json.loads(tcsp("bench", "plain-bert", "--model", folder, "--task", "cola", *told, "--json"))
+    assert "dense_Matthews correlation" in found, "CoLA's figure is no accuracy"
+    for row in found["rows"]:
+        assert -1.0 <= row["Matthews correlation"] <= 1.0 and "accuracy" not in row

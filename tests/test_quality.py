@@ -3,11 +3,12 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from common import find, make_dense, make_small, make_tokenizer
+from common import dense_and_sample, find, make_dense, make_ending_tokenizer, make_small, make_tokenizer
 from datasets import Dataset
 from scipy.stats import spearmanr
 from sklearn.metrics import matthews_corrcoef
@@ -17,11 +18,13 @@ from typer.testing import CliRunner
 from tcsp_hf import TCSPError
 from tcsp_hf.baselines import BASELINES
 from tcsp_hf.cli.main import app
-from tcsp_hf.evaluation import quality
+from tcsp_hf.compression import Search, compress
+from tcsp_hf.evaluation import comparison, quality
 from tcsp_hf.evaluation.embeddings import recall_at
+from tcsp_hf.evaluation.flops import count_flops
 from tcsp_hf.evaluation.load_task import load_task
 from tcsp_hf.evaluation.quality import METHODS, shortfalls
-from tcsp_hf.evaluation.scoring import Matthews, Regression, Retrieval, Similarity
+from tcsp_hf.evaluation.scoring import Classification, Matthews, Regression, Retrieval, Similarity
 from tcsp_hf.files import write_whole
 
 BERT = find("bert-ForSequenceClassification")
@@ -213,6 +216,49 @@ def test_shortfalls() -> None:
     assert "gave nothing" in shortfalls(broken, "other")[0]
     slow = [{**ours[0], "forward_passes": 13.0}]
     assert "13.0 forward passes" in shortfalls(slow, "sst2")[0] and shortfalls(slow, "other") == []
+    assert shortfalls([*ours, *slow], None) == []
+
+
+def test_bars_of_the_readmes_model_are_for_a_check(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another model on SST-2 is not told what that one reaches."""
+    folder = tmp_path / "data" / "glue" / "sst2"
+    folder.mkdir(parents=True)
+    rows = [json.dumps({"sentence": f"w{i} w{i % 7} w3", "label": i % 2}) for i in range(40)]
+    for split in ("train", "validation"):
+        (folder / f"{split}.json").write_text("\n".join(rows) + "\n")
+    monkeypatch.setenv("TCSP_DATA_DIR", str(tmp_path / "data"))
+    told = (dense, Path("sst2"), tmp_path / "table", "--remove", "0.44", "--methods", "ours")
+    assert "the bar is" not in bench(*told)
+    assert json.loads((tmp_path / "table" / "results.json").read_text())["shortfalls"] == []
+    assert "the bar is 0.88" in bench(*told, "--check", status=1)
+
+
+def test_an_accelerator_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a clock starts and before it is read."""
+    model, stats = dense_and_sample(BERT, torch.float32)
+    task = Classification("two", ["w1 w2", "w3"], [0, 1])
+    found = comparison.Comparison(model, make_tokenizer(), task, [], 1, 0, False)
+    found.__dict__["stats"] = stats
+    seen: list[str] = []
+    for module in (comparison, quality):
+        monkeypatch.setattr(module, "wait_for", lambda _device: seen.append("wait"))
+    handle = model.register_forward_hook(lambda *_arguments: seen.append("pass"))
+    assert found.forward_seconds > 0.0
+    handle.remove()
+    assert seen[0] == seen[-1] == "wait" and set(seen[1:-1]) == {"pass"}
+    seen.clear()
+
+    def compressed(*arguments: Any) -> Any:
+        seen.append("compress")
+        return BASELINES["svd"].compress(*arguments)
+
+    method = dataclasses.replace(BASELINES["magnitude"], compress=compressed)
+    monkeypatch.setattr(quality, "method_of", lambda *_arguments: method)
+    plan = quality.Plan(["magnitude"], [0.3], latency=(1, 4))
+    quality._row(found, plan, SimpleNamespace(calibration_seconds=None), Search(), "magnitude", 0.3)
+    assert seen == ["wait", "compress", "wait"]
 
 
 def test_check_exits_with_an_error(dense: Path, data: Path, tmp_path: Path) -> None:
@@ -257,6 +303,10 @@ def test_sentence_encoders(data: Path, tmp_path: Path, tokenizer: PreTrainedToke
     assert recall_at(torch.full((1, 4), torch.nan), torch.eye(4), [0], (1,)) == [0.0]
     task = load_task(make_dense(ENCODER, torch.float32), "squad-sample")
     assert isinstance(task, Retrieval) and task.items == 1000
+    few = load_task(make_dense(ENCODER, torch.float32), "squad-sample", items=10)
+    assert few.items == 10 and few.texts() == task.texts()[:610], "every paragraph, the first questions"
+    with pytest.raises(TCSPError, match="'squad-sample' has no split 'train'"):
+        load_task(make_dense(ENCODER, torch.float32), "squad-sample", "train")
     assert task.calibration_texts(["a", "b", "a"], 5, 0) in (["a", "b"], ["b", "a"])
 
 
@@ -264,15 +314,7 @@ def test_t5_classifier(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "t5"
     case = find("t5-ForSequenceClassification")
     make_dense(case, torch.float32).save_pretrained(folder)
-    plain = make_tokenizer()
-    plain.add_special_tokens({"eos_token": "</s>"})
-    from tokenizers import processors
-
-    plain.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", 1)]
-    )
-    plain.model_input_names = ["input_ids", "attention_mask"]
-    plain.save_pretrained(folder)
+    make_ending_tokenizer().save_pretrained(folder)
     found = json.loads(bench(folder, data, tmp_path / "table", "--remove", "0.3", "--json"))
     assert [row["method"] for row in found["rows"] if "error" not in row] == list(METHODS)
 
@@ -334,6 +376,42 @@ def test_other_bench_commands(dense: Path, data: Path) -> None:
     tcsp("bench", "budget", *options, "--remove", "0.2", "--max-kl", "0", status=1)
     with pytest.raises(TCSPError, match="2 bars for 1"):
         tcsp("bench", "budget", *options, "--remove", "0.2", "--max-kl", "1,2")
+
+
+def test_other_bench_commands_keep_finished_rows(dense: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be reached costs its row; what cannot be at all is refused before the statistics are collected."""
+    options = ("--model", dense, "--task", data, "--json", "--sequences", 20)
+    first, last = json.loads(tcsp("bench", "budget", *options, "--remove", "0.2,0.9999"))["rows"]
+    assert first["kl"] >= 0.0 and last["asked"] == 0.9999 and "cannot be reached" in last["error"]
+    shown = CliRunner().invoke(app, [str(word) for word in ("bench", "budget", *options, "--remove", "0.9999")])
+    assert shown.exit_code == 0 and "100%: " in shown.stderr
+    tcsp("bench", "budget", *options, "--remove", "0.9999", "--max-kl", "9", status=1)
+
+    def fails(model: Any, stats: Any, **way: Any) -> Any:
+        if way["hidden_size"] == 16:
+            raise TCSPError("not so narrow")
+        return compress(model, stats, **way)
+
+    monkeypatch.setattr("tcsp_hf.cli.bench.subspaces.compress", fails)
+    found = json.loads(tcsp("bench", "subspaces", *options, "--widths", "24,16"))["rows"]
+    assert [row.get("error") for row in found] == [None] * 4 + ["not so narrow"] * 4
+    table = tcsp("bench", "subspaces", *options[:4], *options[5:], "--widths", "16", "--quiet")
+    assert "balanced" in table and " - " in table
+    tcsp("bench", "subspaces", *options, "--widths", "16", "--max-kl", "9", status=1)
+
+    def never(*_arguments: Any, **_options: Any) -> None:
+        raise AssertionError("calibrated")
+
+    monkeypatch.setattr("tcsp_hf.evaluation.comparison.calibrate", never)
+    for command, option, value, message in (
+        ("budget", "--remove", "0.2,1.5", "remove is 1.5"),
+        ("budget", "--axes", "hidden,width", "axes is"),
+        ("subspaces", "--widths", "24,33", "hidden_size is 33"),
+        ("subspaces", "--widths", "24.5", "whole numbers"),
+        ("subspaces", "--widths", "inf", "whole numbers"),
+    ):
+        with pytest.raises(TCSPError, match=message):
+            tcsp("bench", command, *options, option, value)
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,6 +485,23 @@ def test_spans_and_written_answers(
     for row in found["rows"]:
         assert "error" not in row
         assert 0.0 <= row["score"] <= 1.0 and row["distance"] > 0.0 and 0.0 <= row["agreement"] <= 1.0
+    written = None if name.startswith("bert") else 3  # the answer's word between two special tokens
+    assert found["dense"]["target_length"] == chosen.target_length(make_tokenizer()) == written
+    assert found["dense"]["flops"] == count_flops(model, found["dense"]["mean_length"], written)
+    assert ("3 of the target" in (tmp_path / "table" / "table.md").read_text()) == (written is not None)
+
+
+def test_texts_to_write_answers_for_have_the_tasks_columns(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TCSP_DATA_DIR", str(tasks))
+    make_dense(find("t5-ForConditionalGeneration"), torch.float32).save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    told = (tmp_path / "dense", Path("mrpc"), tmp_path / "table", "--remove", "0.3", "--methods", "magnitude")
+    with pytest.raises(TCSPError, match=r"data 'squad' lacks the column 'sentence1' of the task 'mrpc'.*has: id, "):
+        bench(*told, "--calibration", "squad")
+    assert not (tmp_path / "table").exists()
+    bench(*told, "--calibration", "squad-sample", "--sequences", 5, "--eval-samples", 4)
 
 
 def test_summary(dense: Path, data: Path, tmp_path: Path) -> None:
@@ -432,8 +527,11 @@ def test_summary(dense: Path, data: Path, tmp_path: Path) -> None:
     tcsp("bench", "summary", tmp_path / "two", "--check", status=1)
     missed = json.loads(tcsp("bench", "summary", tmp_path / "two", "--json"))["missed"]
     assert len(missed) == 2 and "mean drop at 44%" in missed[0] and "better drops by 2.00" in missed[1]
-    with pytest.raises(TCSPError, match="same model"):
+    with pytest.raises(TCSPError, match=f"same model on '{data}'"):
         tcsp("bench", "summary", tmp_path / "one", tmp_path / "one")
+    write_whole(tmp_path / "two" / "results.json", json.dumps({**table, "task": "another of one model"}))
+    both = json.loads(tcsp("bench", "summary", tmp_path / "one", tmp_path / "two", "--json"))
+    assert {row["task"] for row in both["rows"]} == {str(data), "another of one model"}
     with pytest.raises(TCSPError, match="no finished table"):
         tcsp("bench", "summary", tmp_path)
 

@@ -10,6 +10,8 @@ from datasets import Dataset
 from test_cli import tcsp
 
 from tcsp_hf import TCSPError
+from tcsp_hf.cli.bench.retrieval import encoder_of
+from tcsp_hf.evaluation.embeddings import embed
 from tcsp_hf.evaluation.retrieval import Search, compare_search
 from tcsp_hf.publish import CardResults
 
@@ -44,8 +46,29 @@ def test_every_pairing_of_queries_and_index() -> None:
         "dense on compressed": 0.25,
     }
     assert found["cosine"] == {"paragraphs": pytest.approx(1 / 3), "questions": 1.0}
+    read: list[str] = []
+
+    def counted(texts, title):  # type: ignore[no-untyped-def]
+        read.extend(texts)
+        return encoder(places)(texts, title)
+
     with pytest.raises(TCSPError, match="3 and 2 entries"):
-        compare_search(Search.of(DATA), encoder(places), encoder(places, 2))
+        compare_search(Search.of(DATA), counted, encoder(places, 2))
+    assert read == ["a"], "found out on one paragraph"
+
+
+def test_plain_folders(tmp_path: Path) -> None:
+    """A head is left out; what has a decoder is refused by name."""
+    masked = make_dense(find("bert-ForMaskedLM"), torch.float32)
+    masked.save_pretrained(tmp_path / "masked")
+    make_dense(find("t5-ForConditionalGeneration"), torch.float32).save_pretrained(tmp_path / "writer")
+    make_dense(find("t5-EncoderModel"), torch.float32).save_pretrained(tmp_path / "encoder")
+    for name in ("masked", "writer", "encoder"):
+        make_tokenizer().save_pretrained(tmp_path / name)
+    found = encoder_of(str(tmp_path / "masked"), 2, False)(["w1 w2", "w3"], "")
+    torch.testing.assert_close(found, embed(masked.bert, make_tokenizer(), ["w1 w2", "w3"]))
+    with pytest.raises(TCSPError, match="T5ForConditionalGeneration is no sentence encoder"):
+        encoder_of(str(tmp_path / "writer"), 2, False)
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,19 @@ def test_labels_of_a_dataset_are_mapped_by_their_names(folder: Maker) -> None:
     assert list(SST2.load(source=folder(sentences([0, 1]), features=other))["label"]) == [0, 1]
 
 
+def test_numbers_without_names_count_a_known_tasks_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GLUE's rows in a file that names no labels, for a model with its outputs in another order."""
+    folder = tmp_path / "glue" / "sst2"
+    folder.mkdir(parents=True)
+    Dataset.from_list(sentences([0, 1, 1, 0])).to_csv(str(folder / "validation.csv"))
+    monkeypatch.setenv("TCSP_DATA_DIR", str(tmp_path))
+    assert load_task(classifier(["Positive", "Negative"]), "sst2").labels.tolist() == [1, 0, 0, 1]
+    for names in (["negative", "positive"], ["LABEL_0", "LABEL_1"], ["bad", "good"]):
+        assert load_task(classifier(names), "sst2").labels.tolist() == [0, 1, 1, 0]
+    swapped = load_task(classifier(["positive", "negative"]), str(folder))  # data of no known task: the model's numbers
+    assert swapped.labels.tolist() == [0, 1, 1, 0]
+
+
 @pytest.mark.parametrize("labels", [[0.0, 1.0, 1.0], [False, True, True]])
 def test_whole_numbers_of_other_types_are_labels(labels: list[Any], folder: Maker) -> None:
     data = SST2.load(source=folder(sentences(labels)))

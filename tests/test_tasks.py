@@ -26,6 +26,7 @@ from tcsp_hf.tasks.squad import Window, answer_positions, best_answer, encode_wi
 from tcsp_hf.tasks.squad_metric import normalise, overlap, score_v1, score_v2
 from tcsp_hf.tasks.table import form_of
 from tcsp_hf.tasks.text_to_text import read_label, source_text, target_text
+from tcsp_hf.train.distillation import Distiller
 from tcsp_hf.train.paper import read_rows, write_grid
 from tcsp_hf.train.paper_report import groups_of, missed_bars, report, summary
 
@@ -409,6 +410,15 @@ def test_text_model_scores(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         task = find_task(name)
         found = score(model, make_tokenizer(), task, task.load())
         assert set(task.metrics) <= set(found)
+
+
+def test_a_decoder_deeper_than_its_encoder_writes(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TCSP_DATA_DIR", str(data))
+    task, model = find_task("mrpc"), make_dense(T5, torch.float32, num_layers=1, num_decoder_layers=2)
+    assert set(score(model, make_tokenizer(), task, task.load())) == set(task.metrics)
+    taught = Distiller(model, None, 1.0, 0.0, "mean", ("labels",))
+    inputs = {"input_ids": torch.tensor([[5, 6, 1]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    assert taught.complete(inputs, 4)["labels"].shape[1] <= 4
 
 
 def test_bench_paper(data: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..architectures import Site, blocks_of, dense_hidden_size, family_of, sites_of
+from ..architectures import Site, blocks_of, dense_hidden_size, family_of, sites_of, writing_options
 from ..errors import TCSPError
 from ..modes import check_gradients, evaluating, own_defaults
 from ..offload import device_of, forgetting
@@ -327,8 +327,6 @@ def _decoder_mask(inputs: Batch, pad: int) -> torch.Tensor:
 
 def _greedy(model: Any, inputs: Batch, max_target_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The model's own greedy output (batch, length) and the mask of its real tokens, the end token included."""
-    # transformers makes a T5's cache of as many layers as the encoder has
-    deeper = getattr(model.config, "num_decoder_layers", 0) > model.config.num_hidden_layers
     with torch.no_grad():
         generated = model.generate(
             input_ids=inputs["input_ids"],
@@ -338,7 +336,7 @@ def _greedy(model: Any, inputs: Batch, max_target_length: int) -> tuple[torch.Te
             num_beams=1,
             num_return_sequences=1,
             return_dict_in_generate=False,
-            **({"use_cache": False} if deeper else {}),
+            **writing_options(model),
         )
     target = generated[:, 1:]
     ends = model.generation_config.eos_token_id  # where `generate` ends

@@ -79,10 +79,8 @@ def _runner(builder: Builder, lengths: dict[str, float]) -> Callable[[PreTrained
         if stack == "encoder" or lengths["decoder"] > 0
     }
     eos = getattr(config, "eos_token_id", None)
-    if builder.family == "t5" and isinstance(eos, int):  # the head of a T5 classifier reads there
-        ids = inputs["input_ids"]
-        ids[ids == eos] = 0 if eos else 1
-        ids[:, -1] = eos
+    if builder.family == "t5" and isinstance(eos, int):
+        end_once(inputs["input_ids"], eos)
     if builder.head == "ForMultipleChoice":
         inputs = {name: value.unsqueeze(1) for name, value in inputs.items()}
 
@@ -91,6 +89,13 @@ def _runner(builder: Builder, lengths: dict[str, float]) -> Callable[[PreTrained
             return model(**inputs)
 
     return run
+
+
+def end_once(ids: torch.Tensor, eos: int) -> None:
+    """Make the end token the last one of every row of tokens (batch, length), and no other, in place: the head of a T5
+    classifier reads there."""
+    ids[ids == eos] = 0 if eos else 1
+    ids[:, -1] = eos
 
 
 def _time_ratio(run: Callable[[PreTrainedModel], Any], dense: PreTrainedModel, small: PreTrainedModel) -> float:

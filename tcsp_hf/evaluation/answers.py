@@ -7,11 +7,12 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibration.divergence import categorical_kl
+from ..errors import TCSPError
 from ..tasks.inputs import right_padding
 from ..tasks.score import answers_of, score_answers, score_written, span_windows, write
 from ..tasks.table import Task as LabelledTask
 from ..tasks.text_to_text import max_target_tokens, source_text, target_text
-from .scoring import Score, Task, Texts
+from .scoring import Score, Task, Texts, mean_size
 
 _BATCH = 32
 _NAMES = {
@@ -99,6 +100,22 @@ class Written(_Answered):
         if not hasattr(data, "column_names"):
             return super().calibration_texts(data, sequences, seed)
         return [source_text(self.task, row) for row in super().calibration_texts(data, sequences, seed)]
+
+    def check_calibration(self, data: Any, name: str) -> None:
+        """The sources are written out of the task's own columns; a list has texts as they are."""
+        found: list[str] = getattr(data, "column_names", None) or []
+        missing = [column for column in self.task.columns if column not in found]
+        if missing and hasattr(data, "column_names"):
+            raise TCSPError(
+                f"The calibration data {name!r} lacks the column {missing[0]!r} of the task {self.name!r}, whose texts "
+                f"the model reads; it has: {', '.join(found)}. Name data with {', '.join(self.task.columns)}."
+            )
+
+    def target_length(self, tokenizer: Any) -> int:
+        """Of the right answers, the end token included."""
+        targets = [target_text(self.task, row) for row in self.data]
+        longest = max_target_tokens(self.task, tokenizer)
+        return mean_size(tokenizer(text_target=targets, truncation=True, max_length=longest)["input_ids"])
 
     def outputs(self, model: PreTrainedModel, tokenizer: Any, progress: bool | None, description: str) -> Answers:
         written = write(model, tokenizer, self.task, self.data, _BATCH, self.max_length, progress)

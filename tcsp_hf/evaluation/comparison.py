@@ -14,6 +14,8 @@ from ..calibration.divergence import model_inputs
 from ..compression.streams import padded_batches
 from ..data.sources import load_data
 from ..loading import load_model, load_tokenizer
+from .flops import count_flops
+from .latency import wait_for
 from .load_task import load_task
 from .scoring import Score, Task
 
@@ -64,7 +66,9 @@ class Comparison:
         """
         dense = load_model(model, device=device)
         found = load_task(dense, task, split, items)
-        data = load_data(task if calibration is None else calibration, "train")
+        named = task if calibration is None else calibration
+        data = load_data(named, "train")
+        found.check_calibration(data, named)
         return cls(dense, load_tokenizer(model), found, data, sequences, seed, progress)
 
     @cached_property
@@ -81,6 +85,7 @@ class Comparison:
             seed=self.seed,
             progress=self.progress,
         )
+        wait_for(self.dense.device)
         self.calibration_seconds = time.perf_counter() - started
         if self.cache is not None:
             stats.save(self.cache)
@@ -89,10 +94,12 @@ class Comparison:
     @cached_property
     def forward_seconds(self) -> float:
         """A plain forward pass of the dense model over the sample that the statistics carry: what a refit reads."""
+        wait_for(self.dense.device)
         started = time.perf_counter()
         with torch.inference_mode():
             for batch in padded_batches(self.stats.sample.sequences(), self.dense.device):
                 self.dense(**model_inputs(self.dense, batch))
+        wait_for(self.dense.device)
         return time.perf_counter() - started
 
     @cached_property
@@ -104,6 +111,15 @@ class Comparison:
     def mean_length(self) -> int:
         """Mean tokens of the task's texts."""
         return self.task.mean_length(self.tokenizer)
+
+    @cached_property
+    def target_length(self) -> int | None:
+        """Mean tokens of what a decoder writes; None where none does."""
+        return self.task.target_length(self.tokenizer)
+
+    def flops(self, model: PreTrainedModel) -> int:
+        """Operations of one forward pass of the dense or a compressed model over a text and a target of mean length."""
+        return count_flops(model, self.mean_length, self.target_length)
 
     @property
     def dense_score(self) -> Score:

@@ -133,6 +133,9 @@ def compare_ways(
 
     A way that fails has the reason in `error` and nothing else. All latencies come from one alternating run of one
     batch of random tokens.
+
+    Raises:
+        TCSPError: a model does not even run as it is.
     """
     reference: Any = None
     rows: list[dict[str, Any]] = []
@@ -148,6 +151,8 @@ def compare_ways(
                 made(**inputs)
             except Exception as error:  # whatever another library has to say
                 row["error"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+                if reference is None or entry.make is _as_it_is:
+                    raise TCSPError(f"The {name} model, {way}, cannot be scored or timed: {row['error']}") from error
                 continue
             reference = outputs if reference is None else reference
             score = task.score(reference, outputs)

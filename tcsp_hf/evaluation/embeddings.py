@@ -7,7 +7,22 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..errors import TCSPError
 from ..tasks.inputs import input_length, right_padding
+
+
+def encoder_below(model: Any) -> Any:
+    """The model without its head, as `embed` takes it.
+
+    Raises:
+        TCSPError: it has a decoder.
+    """
+    body = model.base_model
+    if body.config.is_encoder_decoder:
+        raise TCSPError(
+            f"{type(model).__name__} is no sentence encoder, it has a decoder: give an encoder alone (T5EncoderModel)."
+        )
+    return body
 
 
 @torch.no_grad()

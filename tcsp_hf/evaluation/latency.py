@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..compression.latency import end_once
 from ..errors import TCSPError
 from ..export.onnx import export_onnx, require_onnx
 
@@ -67,10 +68,10 @@ def alternate(
         if late and turn >= warmup + min(3, rounds):
             break
         for name, call in calls.items():
-            _wait(device)
+            wait_for(device)
             started = clock()
             call()
-            _wait(device)
+            wait_for(device)
             if turn >= warmup:
                 seconds[name].append(1000 * (clock() - started))
     return {
@@ -79,7 +80,8 @@ def alternate(
     }
 
 
-def _wait(device: torch.device | None) -> None:
+def wait_for(device: torch.device | None) -> None:
+    """Let an accelerator finish what it was given, so that a clock counts it."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -90,8 +92,11 @@ def encoder_of(model: PreTrainedModel) -> Any:
 
 
 def random_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
-    """Random tokens (batch, length), none of them padding."""
+    """Random tokens (batch, length), none of them padding; the end token last, where a T5's head may read there."""
     ids = torch.randint(min(5, model.config.vocab_size - 1), model.config.vocab_size, (batch, length))
+    end = getattr(model.config, "eos_token_id", None)
+    if model.config.is_encoder_decoder and isinstance(end, int):
+        end_once(ids, end)
     ids = ids.to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -156,7 +161,7 @@ def token_bytes(model: PreTrainedModel) -> int:
 
 
 def parameter_bytes(model: PreTrainedModel) -> int:
-    """Of all distinct parameters and buffers that one forward pass of the encoder may read, embeddings included."""
+    """Of all distinct parameters that one forward pass of the encoder may read, embeddings included; no buffers."""
     return sum(p.numel() * p.element_size() for p in encoder_of(model).parameters())
 
 

@@ -6,7 +6,14 @@ from transformers import PreTrainedModel
 
 from ..architectures import family_of
 from ..data import load_squad_sample
-from ..data.checks import check_texts, labels_are_hidden, with_class_labels, with_number_labels
+from ..data.checks import (
+    check_texts,
+    labels_are_hidden,
+    normalised,
+    same_in_another_order,
+    with_class_labels,
+    with_number_labels,
+)
 from ..data.sources import SAMPLE, first_rows, load_data
 from ..errors import TCSPError
 from ..tasks.inputs import input_length
@@ -16,7 +23,8 @@ from .scoring import Classification, Matthews, Regression, Retrieval, Similarity
 
 
 def load_task(model: PreTrainedModel, name: str, split: str | None = None, items: int | None = None) -> Task[Any]:
-    """The task that fits the model's head, from the data `name` (see `load_data`); `items`: only its first rows.
+    """The task that fits the model's head, from the data `name` (see `load_data`); `items`: only its first rows, of a
+    search its first questions.
 
     `split`: the task's own evaluation split when None, "validation" of other data.
 
@@ -48,8 +56,10 @@ def _load_task(model: PreTrainedModel, name: str, split: str | None, items: int 
     if name == SAMPLE:
         if not encoder:
             raise TCSPError(f"{name!r} is a search for sentence encoders; {type(model).__name__} has a head.")
+        if split != "validation":
+            raise TCSPError(f"{name!r} has no split {split!r}: its search is the split 'validation'.")
         sample = load_squad_sample()
-        return Retrieval(name, sample.paragraphs, sample.questions, sample.answers_in)
+        return Retrieval(name, sample.paragraphs, sample.questions[:items], sample.answers_in[:items])
     data = first_rows(load_data(name, split), items)
     if isinstance(data, list):
         raise TCSPError(f"{name!r} is text without labels: it can be calibrated on, but not scored on.")
@@ -64,6 +74,18 @@ def _load_task(model: PreTrainedModel, name: str, split: str | None, items: int 
         return Similarity(name, [pair for pair in texts if isinstance(pair, tuple)], numbers)
     if model.config.num_labels == 1:
         return Regression(name, texts, list(with_number_labels(data, name)["label"]))
-    labels = list(with_class_labels(data, label_names(model), name)["label"])
     labelled = Matthews if name == "cola" else Classification
-    return labelled(name, texts, [int(label) for label in labels])
+    return labelled(name, texts, _class_labels(model, data, name))
+
+
+def _class_labels(model: PreTrainedModel, data: Any, name: str) -> list[int]:
+    """Every row's label as the number of one of the model's outputs.
+
+    Numbers without names of their own count a known task's labels, which the model may name in another order.
+    """
+    outputs = label_names(model)
+    known = TASKS[name].labels if name in TASKS else ()
+    if not same_in_another_order(outputs, known):
+        return [int(label) for label in with_class_labels(data, outputs, name)["label"]]
+    places = [normalised(outputs).index(label) for label in normalised(known)]
+    return [places[int(label)] for label in with_class_labels(data, known, name)["label"]]

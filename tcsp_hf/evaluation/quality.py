@@ -20,8 +20,7 @@ from ..configuration_tcsp import METHOD_VERSION
 from ..errors import TCSPError
 from ..files import check_output_folder, write_whole
 from .comparison import Comparison
-from .flops import count_flops
-from .latency import check_length, compare_latency
+from .latency import check_length, compare_latency, wait_for
 from .memory import PeakMemory, compression_memory
 
 OURS = "ours"
@@ -30,6 +29,9 @@ MOST_PASSES = 12.0
 METHODS = (OURS, *BASELINES)
 BARS = {"sst2": {0.44: (0.880, 0.010), 0.60: (0.876, 0.030), 0.75: (0.865, 0.060)}}
 """Task -> removed fraction -> the least score and the largest distance of our method (MiniLM classifier)."""
+
+FAILURES: tuple[type[Exception], ...] = (TCSPError, vars(torch.linalg)["LinAlgError"])  # (not in its list of names)
+"""What costs a row, and not the table: a method that cannot do what is asked, or whose arithmetic fails."""
 
 _RUN, _ROWS, _STATISTICS = "run.json", "rows", "calibration"
 _IDENTITY = {"model_fingerprint", "sequences", "seed", "axes", "latency", "method_version"}
@@ -206,6 +208,7 @@ def identity_of(comparison: Comparison, plan: Plan, names: dict[str, Any]) -> di
         "seed": comparison.seed,
         "axes": None if plan.axes is None else list(plan.axes),
         "latency": list(plan.latency),
+        "target_length": comparison.target_length,
         "device": str(comparison.dense.device),
         "threads": torch.get_num_threads(),
         "method_version": METHOD_VERSION,
@@ -254,7 +257,8 @@ def _dense_row(comparison: Comparison) -> Row:
         "parameters": count.total,
         "non_embedding_parameters": count.non_embedding,
         "mean_length": comparison.mean_length,
-        "flops": count_flops(comparison.dense, comparison.mean_length),
+        "target_length": comparison.target_length,
+        "flops": comparison.flops(comparison.dense),
         "threads": torch.get_num_threads(),
         "device": str(comparison.dense.device),
     }
@@ -266,11 +270,13 @@ def _row(comparison: Comparison, plan: Plan, folder: QualityFolder, search: Sear
     if comparison.calibration_seconds is not None and comparison.calibration_seconds != folder.calibration_seconds:
         folder.calibration_seconds = comparison.calibration_seconds
     row: Row = {"method": name, "title": method.title, "source": method.source, "asked": removed}
+    wait_for(dense.device)
     started, searched = time.perf_counter(), search.seconds
     try:
         with PeakMemory(dense.device) as memory:
             small = method.compress(dense, stats, removed)
-    except (TCSPError, torch.linalg.LinAlgError) as error:
+            wait_for(dense.device)
+    except FAILURES as error:
         return {**row, "error": str(error)}
     seconds = time.perf_counter() - started
     if name == OURS and search.seconds == searched:
@@ -278,7 +284,7 @@ def _row(comparison: Comparison, plan: Plan, folder: QualityFolder, search: Sear
     passes = seconds / comparison.forward_seconds if name == OURS else None
     before, after = count_parameters(dense), count_parameters(small)
     score = comparison.score(small)
-    flops, dense_flops = (count_flops(model, comparison.mean_length) for model in (small, dense))
+    flops, dense_flops = comparison.flops(small), comparison.flops(dense)
     latency = compare_latency(dense, small, *plan.latency)
     return {
         **row,
@@ -303,16 +309,20 @@ def _row(comparison: Comparison, plan: Plan, folder: QualityFolder, search: Sear
     }
 
 
-def shortfalls(rows: Sequence[Row], task: str) -> list[str]:
-    """Where our method falls below a baseline in both score and distance, or short of the bars of the task."""
+def shortfalls(rows: Sequence[Row], task: str | None) -> list[str]:
+    """Where our method falls below a baseline in both score and distance, or short of the bars of the task.
+
+    The bars are those of one model: without a task none count.
+    """
     found = []
+    bars = BARS.get(task, {}) if task is not None else {}
     for ours in (row for row in rows if row["method"] == OURS):
         asked = ours["asked"]
         if "error" in ours:
             found.append(f"at {asked:.0%} our method gave nothing: {ours['error']}")
             continue
         passes = ours.get("forward_passes")
-        if task in BARS and passes is not None and passes > MOST_PASSES:
+        if bars and passes is not None and passes > MOST_PASSES:
             found.append(f"at {asked:.0%} ours took {passes:.1f} forward passes; the bar is {MOST_PASSES:.0f}")
         for other in rows:
             same = other["asked"] == asked and other["method"] != OURS and "error" not in other
@@ -321,7 +331,7 @@ def shortfalls(rows: Sequence[Row], task: str) -> list[str]:
                     f"at {asked:.0%} {other['title']} is better in both: {other['score']:.4f} and "
                     f"{other['distance']:.4f}, ours {ours['score']:.4f} and {ours['distance']:.4f}"
                 )
-        least, most = BARS.get(task, {}).get(asked, (-float("inf"), float("inf")))
+        least, most = bars.get(asked, (-float("inf"), float("inf")))
         if ours["score"] < least or ours["distance"] > most:
             found.append(
                 f"at {asked:.0%} ours has {ours['score']:.4f} and {ours['distance']:.4f}; the bar is {least} and {most}"

@@ -46,10 +46,11 @@ def cells(row: Row) -> list[str]:
 
 def notes(dense: Row, rows: Sequence[Row], latency: tuple[int, int], short: Sequence[str]) -> list[str]:
     """What a reader must know beside the table, and where our method falls short."""
+    target = dense.get("target_length")
     found = [
         f"Dense: {dense['score_name']} {dense['score']:.4f} on {dense['items']:,} items, "
         f"{dense['non_embedding_parameters']:,} parameters without embeddings, {dense['flops'] / 1e9:.3g} GFLOPs for "
-        f"{dense['mean_length']} tokens (the mean length).",
+        f"{dense['mean_length']} tokens (the mean length){'' if target is None else f', {target} of the target'}.",
         f"Removed: at least what was asked, embeddings left out and residual maps counted. Latency: medians of "
         f"alternating runs at {latency[0]} × {latency[1]} tokens on {dense['device']}, {dense['threads']} threads (the "
         "encoder of an encoder-decoder). Peak memory: of the process while the method runs.",

@@ -47,18 +47,19 @@ def compare_search(search: Search, dense: Encoder, small: Encoder) -> dict[str, 
     """Recall at `RANKS` of every pairing of queries and index, and mean cosines between both models' vectors.
 
     Raises:
-        TCSPError: the two models' vectors have different lengths.
+        TCSPError: the two models' vectors have different lengths; one paragraph says so before the others are read.
     """
-    made = {}
-    for label, encoder in (("dense", dense), ("compressed", small)):
-        made[label, "index"] = encoder(search.paragraphs, f"{label} paragraphs")
-        made[label, "queries"] = encoder(search.questions, f"{label} questions")
-    sizes = {label: made[label, "index"].shape[1] for label in ("dense", "compressed")}
+    encoders = {"dense": dense, "compressed": small}
+    sizes = {label: encoder(search.paragraphs[:1], label).shape[1] for label, encoder in encoders.items()}
     if len(set(sizes.values())) > 1:
         raise TCSPError(
             f"The vectors have {sizes['dense']} and {sizes['compressed']} entries: only models that share a space can "
             "be compared (compress with --sentence-transformer, whose last step maps back)."
         )
+    made = {}
+    for label, encoder in encoders.items():
+        made[label, "index"] = encoder(search.paragraphs, f"{label} paragraphs")
+        made[label, "queries"] = encoder(search.questions, f"{label} questions")
     recalls = {
         f"{queries} on {index}": recall_at(made[queries, "queries"], made[index, "index"], search.answers, RANKS)
         for queries, index in (

@@ -79,11 +79,26 @@ class Task(ABC, Generic[Outputs]):
             return data.shuffle(seed=seed).select(range(min(sequences, len(data))))
         return random.Random(seed).sample(data, min(sequences, len(data)))
 
+    def check_calibration(self, data: Any, name: str) -> None:
+        """Refuse data, called `name`, that `calibration_texts` cannot read, before any work.
+
+        Raises:
+            TCSPError: columns that the task's texts are made of are missing.
+        """
+        return
+
     def mean_length(self, tokenizer: Any) -> int:
         """Mean number of tokens of a text, rounded."""
-        texts = self.texts()
-        lengths = [len(ids) for ids in _tokenise(tokenizer, texts, self.max_length)]
-        return max(1, round(sum(lengths) / len(lengths)))
+        return mean_size(_tokenise(tokenizer, self.texts(), self.max_length))
+
+    def target_length(self, tokenizer: Any) -> int | None:
+        """Mean number of tokens of what a decoder writes, rounded; None where it reads the text itself, or is none."""
+        return None
+
+
+def mean_size(rows: Sequence[Sequence[int]]) -> int:
+    """Mean number of entries, rounded, at least 1."""
+    return max(1, round(sum(map(len, rows)) / len(rows)))
 
 
 def _tokenise(tokenizer: Any, texts: Texts, max_length: int) -> list[list[int]]:

@@ -24,11 +24,14 @@ def read_tables(folders: Sequence[Path]) -> list[dict[str, Any]]:
     for folder in folders:
         try:
             table = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-            table["task"], table["dense"]["score"], table["rows"]
+            key = table["model_fingerprint"], table["task"]
+            table["dense"]["score"], table["rows"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TCSPError(f"{folder} holds no finished table of `tcsp bench quality`: {error!r}.") from error
-        if any(table["model_fingerprint"] == other["model_fingerprint"] for other in found):
-            raise TCSPError(f"{folder} and a folder before it hold tables of the same model: name each model once.")
+        if any(key == (other["model_fingerprint"], other["task"]) for other in found):
+            raise TCSPError(
+                f"{folder} and a folder before it hold tables of the same model on {key[1]!r}: name each once."
+            )
         found.append(table)
     return found
 

@@ -7,6 +7,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..architectures import writing_options
 from ..modes import evaluating
 from .inputs import input_length, right_padding
 from .metrics import GlueMetric
@@ -144,7 +145,8 @@ def write(
                 return_tensors="pt",
             ).to(model.device)
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}  # not BERT's token types
-            tokens = model.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
+            told = {"max_new_tokens": longest, "do_sample": False, "num_beams": 1, **writing_options(model)}
+            tokens = model.generate(**inputs, **told)
             for i, text in zip(chosen, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
                 written[i] = text
             bar.update(len(chosen))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..architectures import writing_options
 from .sites import Batch, SiteTargets, States, record_compressed, record_dense, token_masks
 
 _LOGITS = ("logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits")
@@ -85,6 +86,7 @@ class Distiller:
             max_new_tokens=max_target_length,
             do_sample=False,
             num_beams=1,
+            **writing_options(self.teacher),
         )[:, 1:]
         ended = torch.isin(tokens, tokens.new_tensor([] if ends is None else ends)).long()
         after_end = (ended.cumsum(1) - ended) > 0

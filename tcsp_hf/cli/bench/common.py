@@ -58,16 +58,18 @@ def show(
     columns: dict[str, str],
     as_json: bool,
 ) -> None:
-    """Print the rows as JSON, or as a table with `columns` (key of the row -> head), formatted by their kind."""
+    """Print the rows as JSON, or as a table with `columns` (key of the row -> head), formatted by their kind.
+
+    A row of what could not be done has `error` instead of figures.
+    """
     task = comparison.task
     dense = comparison.dense_score.score
     if as_json:
         print_json({"model": model, "task": task.name, f"dense_{task.score_name}": dense, "rows": rows})
         return
     title = f"{model} on {task.name}: dense {task.score_name} {dense:.4f} ({task.items} items)"
-    print_table(
-        title, list(columns.values()), [[_cell(key, row[key]) for key in columns] for row in rows], comparison.note
-    )
+    cells = [[_cell(key, row.get(key)) for key in columns] for row in rows]
+    print_table(title, list(columns.values()), cells, comparison.note)
 
 
 def score_columns(comparison: Comparison) -> dict[str, str]:
@@ -83,7 +85,7 @@ def score_columns(comparison: Comparison) -> dict[str, str]:
 def _cell(key: str, value: Any) -> str:
     if value is None:
         return "-"
-    if key == "removed":
+    if key in ("asked", "removed"):
         return f"{value:.1%}"
     if key == "seconds":
         return f"{value:.0f}"

@@ -16,8 +16,9 @@ from ...evaluation.latency import check_length, random_inputs
 from ...evaluation.scoring import Classification
 from ...files import check_output_file, write_whole
 from ...loading import load_model
+from ...publish.card import shown_path
 from ...publish.results import CardResults, Evaluation, Latency
-from ...tasks.table import find_task
+from ...tasks.table import TASKS, form_of
 from ...train.finetune import Schedule, choose_rows, finetune
 from ..common import JsonOption, QuietOption, print_json, print_table, progress_of, this_machine
 from ..finetune import bars_hidden
@@ -27,13 +28,13 @@ from .common import SeedOption, names_of
 def compose_command(
     model: Annotated[str, typer.Option(help="The compressed classifier: a folder or a Hub name.")],
     dense: Annotated[str, typer.Option(help="The dense one.")],
-    task: Annotated[str, typer.Option(help="A GLUE task with classes.")] = "sst2",
+    task: Annotated[str, typer.Option(help="A GLUE task with classes, or a folder with both splits.")] = "sst2",
     ways: Annotated[
         str | None,
         typer.Option(help=f"With commas, of: {', '.join(WAYS)}; by default all whose packages are installed."),
     ] = None,
     lora_samples: Annotated[
-        int, typer.Option(help="Training rows for LoRA on the compressed model; 0 for none.", min=0)
+        int, typer.Option(help="Training rows of a GLUE task for LoRA on the compressed model; 0 for none.", min=0)
     ] = 0,
     lr: Annotated[float, typer.Option(help="Highest learning rate of LoRA.")] = 3e-4,
     batch: Annotated[int, typer.Option(help="Sequences of the timed batch.", min=1)] = 8,
@@ -58,6 +59,13 @@ def compose_command(
     chosen = choose_ways(None if ways is None else names_of(ways))
     if lora_samples and find_spec("peft") is None:
         raise TCSPError("LoRA needs peft: pip install 'tcsp_hf[peft]'.")
+    if lora_samples and task not in TASKS:
+        raise TCSPError(
+            f"--lora-samples trains on a GLUE task's rows, but --task is {task!r}: name a task such as 'sst2', or take "
+            "--lora-samples 0."
+        )
+    trained = TASKS[task] if lora_samples else None
+    schedule = Schedule(1.0, lr, 32, seed=seed)
     bars = progress_of(quiet, as_json)
     bench = Comparison.load(dense, task, 1, seed, bars, items=eval_samples)
     if not isinstance(bench.task, Classification):
@@ -65,18 +73,20 @@ def compose_command(
     check_length(bench.dense, length)
     torch.manual_seed(seed)
     small = load_model(model)
+    data = None
+    if trained is not None:
+        form_of(small, trained)
+        data = choose_rows(trained.load("train"), lora_samples, seed)
     models = {"dense": bench.dense, "compressed": small}
     sizes: Any = {"batch": batch, "length": length, "rounds": rounds}
     rows = compare_ways(models, chosen, bench.task, bench.tokenizer, progress=bars, **sizes)
     facts = None
-    if lora_samples:
-        data = choose_rows(bench.data, lora_samples, seed)
-        schedule = Schedule(1.0, lr, 32, seed=seed)
+    if trained is not None:
         hidden = bars_hidden(quiet, as_json)
 
         def train(adapted: Any) -> None:
             with tempfile.TemporaryDirectory() as folder:
-                finetune(adapted, bench.tokenizer, find_task(task), data, schedule, Path(folder), hidden)
+                finetune(adapted, bench.tokenizer, trained, data, schedule, Path(folder), hidden)
 
         merged, facts = adapt(small, train, random_inputs(small, batch, length))
         score = bench.score(merged)
@@ -114,8 +124,12 @@ def _for_card(
     rows: list[dict[str, Any]], task: str, measured: Classification, batch: int, length: int, part: int | None
 ) -> CardResults:
     """Score and latency of both models as they are; part: so many first rows alone were asked for."""
-    (dense, small), score, data = rows[:2], measured.score_name, "nyu-mll/glue"
-    name = None if part is None else f"{data} {task}, first {measured.items:,} rows"
-    found = Evaluation("text-classification", data, "validation", score, small[score], dense[score], task, name)
+    (dense, small), score = rows[:2], measured.score_name
+    known = task in TASKS
+    data, config = ("nyu-mll/glue", task) if known else (shown_path(task), None)
+    split = TASKS[task].splits[0] if known else "validation"
+    shown = data if config is None else f"{data} {config}"
+    name = None if part is None else f"{shown}, first {measured.items:,} rows"
+    found = Evaluation("text-classification", data, split, score, small[score], dense[score], config, name)
     times = Latency(batch, length, dense["ms"], small["ms"])
     return CardResults(evaluations=(found,), latency=(times,), machine=this_machine())

@@ -15,11 +15,11 @@ from ...errors import TCSPError
 from ...evaluation.comparison import Comparison
 from ...evaluation.scoring import Classification
 from ...export.plain_bert import to_plain_bert
-from ...tasks.table import Task, find_task
+from ...tasks.table import Task, find_task, form_of
 from ...train.finetune import Schedule, choose_rows, finetune
 from ..common import JsonOption, QuietOption, progress_of
 from ..finetune import bars_hidden
-from .common import ModelOption, SeedOption, SequencesOption, TaskOption, show
+from .common import ModelOption, SeedOption, SequencesOption, TaskOption, score_columns, show
 
 _AFTER = "after training"
 
@@ -39,7 +39,9 @@ def plain_bert_command(
     epochs: Annotated[float, typer.Option(help="Of that training.")] = 1.0,
     lr: Annotated[float, typer.Option(help="Of that training.")] = 1e-4,
     distillation: Annotated[float, typer.Option(help="Weight of the dense model's outputs beside the labels.")] = 0.9,
-    eval_samples: Annotated[int | None, typer.Option(help="Validation rows to score on; all by default.")] = None,
+    eval_samples: Annotated[
+        int | None, typer.Option(help="Score only the first validation rows; all by default.", min=1)
+    ] = None,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -59,12 +61,11 @@ def plain_bert_command(
     schedule = Schedule(epochs, lr, 32, seed=seed)
     chosen = find_task(task)
     bars = progress_of(quiet, as_json)
-    bench = Comparison.load(model, task, sequences, seed, bars)
+    bench = Comparison.load(model, task, sequences, seed, bars, items=eval_samples)
     if not isinstance(bench.dense, BertForSequenceClassification) or not isinstance(bench.task, Classification):
         raise TCSPError(f"{model!r} on {task!r}: a BertForSequenceClassification and a task with classes are needed.")
-    if eval_samples is not None:
-        labels = bench.task.labels[:eval_samples].tolist()
-        bench.task = type(bench.task)(task, bench.task.texts()[:eval_samples], labels)
+    if train_samples:
+        form_of(bench.dense, chosen)  # before any work: training counts the labels as the task does
     heads = int(bench.dense.config.num_attention_heads)
     check_width(hidden_size, bench.dense)
     forms = _forms(bench, remove, hidden_size, heads, linear, bars)
@@ -77,9 +78,10 @@ def plain_bert_command(
             typer.echo(f"{name}: {error}", err=True)
             continue
         rows.append(_row(name, bench, form, chosen, data, schedule, distillation, bars_hidden(quiet, as_json)))
-    columns = {"form": "form", "removed": "removed", "accuracy": "accuracy", "kl": "KL", "agreement": "agreement"}
+    figures = score_columns(bench)
+    columns = {"form": "form", "removed": "removed", **figures}
     if data is not None:
-        columns |= {f"{key} {_AFTER}": f"{head}, trained" for key, head in list(columns.items())[2:]}
+        columns |= {f"{key} {_AFTER}": f"{head}, trained" for key, head in figures.items()}
     show(bench, model, rows, columns, as_json)
 
 
@@ -164,7 +166,7 @@ def _row(
     def figures(suffix: str = "") -> dict[str, Any]:
         score = bench.score(form)
         return {
-            f"accuracy{suffix}": score.score,
+            f"{bench.task.score_name}{suffix}": score.score,
             f"kl{suffix}": score.distance,
             f"agreement{suffix}": score.agreement,
         }

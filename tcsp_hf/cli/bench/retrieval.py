@@ -9,7 +9,7 @@ import typer
 
 from ...data.sources import load_data
 from ...errors import TCSPError
-from ...evaluation.embeddings import embed
+from ...evaluation.embeddings import embed, encoder_below
 from ...evaluation.retrieval import RANKS, Encoder, Search, compare_search
 from ...evaluation.scoring import Similarity
 from ...export.sentence_transformer import load_source
@@ -24,13 +24,14 @@ _RECALLS = ("dense on dense", "compressed on compressed", "compressed on dense",
 
 
 def encoder_of(name: str, batch_size: int, progress: bool | None) -> Encoder:
-    """How the model of a folder or a Hub name embeds: by its own sentence-transformers modules where it has them.
+    """How the model of a folder or a Hub name embeds: by its own sentence-transformers modules where it has them,
+    otherwise by the mean of its tokens' last states, a head left out.
 
     Raises:
-        TCSPError: it cannot be loaded.
+        TCSPError: it cannot be loaded, or it is no encoder.
     """
     if Path(name).is_dir() and not (Path(name) / "modules.json").is_file():
-        model, tokenizer = load_model(name), load_tokenizer(name)
+        model, tokenizer = encoder_below(load_model(name)), load_tokenizer(name)
 
         def mean_pooled(texts: Sequence[str], description: str) -> torch.Tensor:
             return embed(model, tokenizer, texts, batch_size=batch_size, progress=progress, description=description)
@@ -54,7 +55,10 @@ def encoder_of(name: str, batch_size: int, progress: bool | None) -> Encoder:
 
 
 def retrieval_command(
-    model: Annotated[str, typer.Option(help="The compressed encoder: a folder, of sentence-transformers or not.")],
+    model: Annotated[
+        str,
+        typer.Option(help="The compressed encoder: a folder of sentence-transformers, or a plain one (mean-pooled)."),
+    ],
     dense: Annotated[str, typer.Option(help="The dense one: a folder or a Hub name.")] = "all-MiniLM-L6-v2",
     data: Annotated[str, typer.Option(help="Data with SQuAD's columns, by name.")] = "squad",
     split: Annotated[str, typer.Option(help="Of that data.")] = "validation",

@@ -5,7 +5,10 @@ from typing import Annotated, Any
 import typer
 
 from ...compression import compress
+from ...compression.request import check_request
+from ...errors import TCSPError
 from ...evaluation.comparison import Comparison
+from ...evaluation.quality import FAILURES
 from ..common import JsonOption, QuietOption, progress_of
 from .common import (
     ModelOption,
@@ -45,14 +48,26 @@ def subspaces_command(
 
     Score on the validation split, and KL divergence to the dense model, for every width.
     """
-    sizes = [int(width) for width in numbers_of("--widths", widths)]
+    sizes = numbers_of("--widths", widths)
+    if not all(size.is_integer() for size in sizes):
+        raise TCSPError(f"--widths is {widths!r}; it must be whole numbers with commas.")
     bench = Comparison.load(model, task, sequences, seed, progress_of(quiet, as_json))
+    ways: list[dict[str, Any]] = [
+        {"hidden_size": int(size), "projection": projection, "subspace": subspace, "refit": refit}
+        for size in sizes
+        for projection, subspace, refit in _WAYS
+    ]
+    for way in ways:
+        check_request(bench.dense, **way)
     rows: list[dict[str, Any]] = []
-    for size in sizes:
-        for projection, subspace, refit in _WAYS:
-            way: dict[str, Any] = {"hidden_size": size, "projection": projection, "subspace": subspace, "refit": refit}
+    for way in ways:
+        try:
             small = compress(bench.dense, bench.stats, **way)
-            rows.append({**way, **scored(bench, small)})
+        except FAILURES as error:
+            typer.echo(f"hidden size {way['hidden_size']}: {error}", err=True)
+            rows.append({**way, "error": str(error)})
+            continue
+        rows.append({**way, **scored(bench, small)})
     columns = {
         "hidden_size": "hidden size",
         "removed": "removed",
@@ -63,8 +78,8 @@ def subspaces_command(
     show(bench, model, rows, {**columns, **score_columns(bench)}, as_json)
     dense = bench.dense_score.score
     for row in (row for row in rows if row["refit"]):
-        drop = dense - row[bench.task.score_name]
+        drop = dense - row.get(bench.task.score_name, -float("inf"))
         lost = max_accuracy_drop is not None and drop > max_accuracy_drop
-        if lost or (max_kl is not None and row["kl"] > max_kl):
+        if lost or (max_kl is not None and row.get("kl", float("inf")) > max_kl):
             typer.echo(f"Short of the bar at hidden size {row['hidden_size']}.", err=True)
             raise typer.Exit(1)

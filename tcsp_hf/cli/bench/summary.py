@@ -10,7 +10,9 @@ from ..common import JsonOption, print_json, print_table
 
 
 def summary_command(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of `tcsp bench quality`, one for every model.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders of `tcsp bench quality`, one for every model and task.")
+    ],
     check: Annotated[bool, typer.Option("--check", help="Exit with status 1 where a bar is missed.")] = False,
     as_json: JsonOption = False,
 ) -> None:
