@@ -3,13 +3,14 @@
 import http.client
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from common import find, make_dense, make_rows, make_tokenizer
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from common import find, make_dense, make_rows, make_small, make_tokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, ByT5Tokenizer
 from typer.testing import CliRunner
 
 from tcsp_hf import TCSPBertForSequenceClassification, TCSPConfig, TCSPError, calibrate
@@ -17,7 +18,9 @@ from tcsp_hf.cli import main
 from tcsp_hf.cli.main import app
 from tcsp_hf.data.sources import load_data
 from tcsp_hf.errors import ends_a_command, message_of
-from tcsp_hf.loading import demo_model_path, load_tokenizer, resolve_name
+from tcsp_hf.loading import demo_model_path, load_model, load_tokenizer, resolve_name
+from tcsp_hf.tasks import find_task
+from tcsp_hf.train.models import load_for_task
 
 BERT = find("bert-ForSequenceClassification")
 ENCODER = find("bert-Model")
@@ -176,6 +179,69 @@ def test_errors_are_one_line_and_status_two(
 def test_the_card_says_what_was_switched_off(dense: Path, texts: Path, tmp_path: Path) -> None:
     tcsp("compress", dense, "--data", texts, "--hidden-size", 16, "--no-refit", "--quiet", "-o", tmp_path / "x")
     assert "--no-refit" in (tmp_path / "x" / "README.md").read_text()
+
+
+def test_a_model_without_its_tokenizer_is_refused(dense: Path, texts: Path, tmp_path: Path) -> None:
+    """transformers 5 makes up a tokenizer of special tokens, and every text would be [UNK]."""
+    bare, small, bert, bytes_ = (tmp_path / name for name in ("bare", "small", "bert", "bytes"))
+    AutoModelForSequenceClassification.from_pretrained(dense).save_pretrained(bare)
+    make_small(BERT).save_pretrained(small)
+    for words in (
+        ("calibrate", bare, "--data", texts, "-o", tmp_path / "x"),
+        ("compress", bare, "--data", texts, "--hidden-size", 16, "-o", tmp_path / "x"),
+        ("export", small, tmp_path / "x", "--format", "bert"),
+    ):
+        with pytest.raises(TCSPError, match=r"no tokenizer beside the model .*: put the model's own there"):
+            tcsp(*words)
+    assert not (tmp_path / "x").exists()
+    make_dense(find("t5-EncoderModel"), torch.float32).save_pretrained(bytes_)
+    with pytest.raises(TCSPError, match="no tokenizer"):
+        load_tokenizer(str(bytes_))
+    ByT5Tokenizer().save_pretrained(bytes_)
+    assert load_tokenizer(str(bytes_))("ab")["input_ids"] == [100, 101, 1], "of bytes: it has no vocabulary file"
+    make_dense(BERT, torch.float32).save_pretrained(bert)
+    (bert / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "w0"]))
+    assert load_tokenizer(str(bert))("w0")["input_ids"] == [2, 5, 3]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"hidden_size": 31}, {"hidden_act": "none"}, {"vocab_size": 0}, {"vocab_size": "many"}, {"hidden_size": -4}],
+    ids=str,
+)
+def test_a_configuration_of_no_model_is_said_in_one_line(dense: Path, fields: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    shutil.copytree(dense, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(TCSPError, match="configuration of"):
+        tcsp("inspect", folder)
+    with pytest.raises(TCSPError, match="cannot be loaded"):
+        load_model(str(folder))
+    with pytest.raises(TCSPError, match="cannot be loaded"):
+        load_for_task(str(folder), find_task("mrpc"))
+
+
+def test_weights_of_other_sizes_are_said_in_one_line(dense: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    shutil.copytree(dense, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 99}))
+    with pytest.raises(TCSPError, match="cannot be loaded"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("named", [["BertForRanking"], ["pipeline"], "BertModel"])
+def test_a_class_that_is_unknown_is_no_bare_model(dense: Path, named: Any, tmp_path: Path) -> None:
+    """Its head would be gone without a word."""
+    folder = tmp_path / "odd"
+    shutil.copytree(dense, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": named}))
+    with pytest.raises(TCSPError, match="names no class of transformers"):
+        load_model(str(folder))
+    (folder / "config.json").write_text(json.dumps({name: config[name] for name in config if name != "architectures"}))
+    assert type(load_model(str(folder))).__name__ == "BertModel"
 
 
 def test_data_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
