@@ -18,7 +18,12 @@ import tcsp_hf
 from tcsp_hf import TCSPError, compress
 from tcsp_hf.cli.main import app
 from tcsp_hf.evaluation.embeddings import embed
-from tcsp_hf.export.sentence_transformer import load_source, save_sentence_transformer, to_sentence_transformer
+from tcsp_hf.export.sentence_transformer import (
+    load_source,
+    reranker_settings,
+    save_sentence_transformer,
+    to_sentence_transformer,
+)
 
 library = pytest.importorskip("sentence_transformers")
 modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
@@ -161,6 +166,58 @@ def test_cross_encoder(tmp_path: Path) -> None:
     expected = library.CrossEncoder(str(tmp_path / "dense"), device="cpu").predict(pairs)
     found = library.CrossEncoder(str(tmp_path / "small"), device="cpu", trust_remote_code=True).predict(pairs)
     assert np.abs(expected - found).max() <= 1e-5
+
+
+RERANKER = find("bert-ForSequenceClassification")
+PAIRS = [("w1 w2", "w3 w4 w5"), ("w1", "w9"), ("w40 w41 w42", "w3")]
+
+
+def write_reranker(folder: Path) -> Path:
+    """A reranker whose scores are its logits, with a prompt, as version 6 writes it."""
+    make_dense(RERANKER, torch.float32, num_labels=1).save_pretrained(folder / "plain")
+    make_tokenizer().save_pretrained(folder / "plain")
+    kinds = {"activation_fn": torch.nn.Identity(), "prompts": {"query": "w99 "}, "default_prompt_name": "query"}
+    library.CrossEncoder(str(folder / "plain"), device="cpu", **kinds).save_pretrained(str(folder / "reranker"))
+    return folder / "reranker"
+
+
+def test_a_reranker_keeps_its_activation(tmp_path: Path) -> None:
+    """One score is a sigmoid to whom no file says otherwise."""
+    dense, small, texts = write_reranker(tmp_path), tmp_path / "small", tmp_path / "texts.txt"
+    texts.write_text("\n".join(f"w{i} w{i + 1} w{2 * i}" for i in range(50)))
+    tcsp("compress", dense, "--data", texts, "--hidden-size", D, "-o", small, "--json")
+    expected = library.CrossEncoder(str(dense), device="cpu").predict(PAIRS)
+    made = library.CrossEncoder(str(small), device="cpu", trust_remote_code=True)
+    assert isinstance(made.activation_fn, torch.nn.Identity) and made.prompts["query"] == "w99 "
+    assert np.abs(expected - made.predict(PAIRS)).max() <= 1e-4
+    card = (small / "README.md").read_text()
+    assert "CrossEncoder(" in card and "SentenceTransformer(" not in card
+    assert "pipeline_tag: text-classification" in card and "library_name: transformers" in card
+
+
+def test_a_trained_reranker_keeps_its_activation(tmp_path: Path) -> None:
+    dense, texts = write_reranker(tmp_path), tmp_path / "texts.txt"
+    texts.write_text("\n".join(f"w{i} w{i + 1} w{2 * i}" for i in range(50)))
+    told = ["--model", dense, "--data", texts, "--hidden-size", 16, "--epochs", 1, "--train-samples", 32]
+    tcsp("train", *told, "-o", tmp_path / "small", "--json")
+    made = library.CrossEncoder(str(tmp_path / "small"), device="cpu", trust_remote_code=True)
+    assert isinstance(made.activation_fn, torch.nn.Identity) and made.prompts["query"] == "w99 "
+
+
+def test_settings_of_a_reranker(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whose code is somebody else's is not handed on, nor is what belongs to another kind of model."""
+    dense = write_reranker(tmp_path)
+    assert len(reranker_settings(str(dense))) == 3 and not reranker_settings(str(tmp_path / "plain"))
+    assert not reranker_settings("no/such-model")
+    path = dense / "config_sentence_transformers.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"activation_fn": "os.getcwd"}))
+    assert not reranker_settings(str(dense)) and "os.getcwd" in caplog.text
+    path.write_text(json.dumps(content | {"model_type": "SentenceTransformer"}))
+    assert not reranker_settings(str(dense))
+    path.write_text("{")
+    with pytest.raises(TCSPError, match="is damaged"):
+        reranker_settings(str(dense))
 
 
 def test_refusals(small: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,12 @@ def check_outside(option: str, folder: Path | None, output: Path) -> None:
         raise TCSPError(f"{option} {folder} is in --output {output}, which is written anew: name another one.")
 
 
+def write_texts(folder: Path, texts: dict[str, str]) -> None:
+    """Files (name -> text) into a folder."""
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
 def this_machine() -> str:
     """What a card says that times were measured on."""
     return f"{platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"

@@ -16,6 +16,7 @@ from ..export.sentence_transformer import (
     load_source,
     pooling_of,
     require_encoder,
+    reranker_settings,
     save_sentence_transformer,
 )
 from ..files import check_output_folder, new_folder
@@ -39,6 +40,7 @@ from .common import (
     print_json,
     print_table,
     progress_of,
+    write_texts,
 )
 
 _SHARD_SIZE = re.compile(r"[1-9]\d*(KB|MB|GB|TB)")
@@ -145,6 +147,7 @@ def compress_command(
     if found is None:
         check_request(dense, **options)
     tokenizer = load_tokenizer(model)
+    settings = reranker_settings(model)
     if found is None:
         found = calibrate(
             dense,
@@ -166,6 +169,7 @@ def compress_command(
         else:
             small.save_pretrained(staging, max_shard_size=max_shard_size)
             tokenizer.save_pretrained(staging)
+            write_texts(staging, settings)
         write_card(staging, CardResults(command=command_line(context)), name=output.resolve().name)
     before, after = count_parameters(dense), count_parameters(small)
     if as_json:
