@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..calibration import Calibration
 from ..errors import TCSPError
 from ..export import to_plain_bert, to_plain_t5
-from ..export.ctranslate2 import to_ctranslate2
+from ..export.ctranslate2 import require_lm_head, to_ctranslate2
 from ..export.onnx import export_onnx, require_onnx
 from ..export.openvino import export_openvino, require_openvino
 from ..export.sentence_transformer import reranker_settings
@@ -72,6 +72,8 @@ def export_command(
     if form in _GRAPHS:
         _GRAPHS[form][0]()
     small = load_model(model, "float32" if form in _GRAPHS else "auto")
+    if form == "ctranslate2":
+        require_lm_head(type(small).__name__)
     tokenizer = load_tokenizer(model)
     settings = reranker_settings(model)
     facts: dict[str, Any] = {"output": str(output), "format": form}
