@@ -97,9 +97,13 @@ def test_narrow_equals_pooling_lifted_states(small: PreTrainedModel, tmp_path: P
     assert np.abs(truncated - expected).max() <= 1e-5
 
 
-def test_without_the_package(small: PreTrainedModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", [ENCODER, find("t5-EncoderModel")], ids=str)
+def test_without_the_package(case: Case, tmp_path: Path) -> None:
     """In a process that cannot import tcsp_hf, with the code beside the checkpoint."""
-    save_sentence_transformer(small, make_tokenizer(), None, tmp_path / "small")
+    small, tokenizer = make_small(case), make_tokenizer()
+    if case.family == "t5":
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    save_sentence_transformer(small, tokenizer, None, tmp_path / "small")
     program = """
 import json, sys
 sys.modules["tcsp_hf"] = None  # an import fails
@@ -112,7 +116,7 @@ json.dump(model.encode(json.loads(sys.argv[2])).tolist(), open(sys.argv[3], "w")
     found = tmp_path / "found.json"
     command = [sys.executable, "-c", program, str(tmp_path / "small"), json.dumps(TEXTS), str(found)]
     subprocess.run(command, check=True)
-    expected = embed(small, make_tokenizer(), TEXTS).numpy()
+    expected = embed(small, tokenizer, TEXTS).numpy()
     assert np.abs(np.array(json.loads(found.read_text())) - expected).max() <= 1e-5
 
 
