@@ -130,6 +130,33 @@ def test_refusals_come_before_any_work(dense: Path, texts: Path, tmp_path: Path)
     assert (full / "mine.txt").read_text() == "keep"
 
 
+def test_overwrite_deletes_no_input(dense: Path, texts: Path, tmp_path: Path) -> None:
+    """A run's folder that holds the dense model, its statistics and its data is not replaced by what they give."""
+    run = tmp_path / "run"
+    shutil.copytree(dense, run / "dense")
+    (run / "stats").mkdir()
+    shutil.copyfile(texts, run / "texts.txt")
+    before = sorted(run.rglob("*"))
+    for said, words in (
+        ("MODEL", ("compress", run / "dense", "--hidden-size", 16)),
+        ("--stats", ("compress", dense, "--stats", run / "stats", "--hidden-size", 16)),
+        ("--data", ("compress", dense, "--data", run / "texts.txt", "--hidden-size", 16)),
+        ("--data", ("compress", dense, "--data", f"{texts}+{run / 'texts.txt'}", "--hidden-size", 16)),
+        ("--data", ("train", "--model", dense, "--data", run, "--hidden-size", 16)),
+        ("--model", ("train", "--model", run / "dense", "--data", texts, "--hidden-size", 16)),
+        ("--student", ("train", "--model", dense, "--data", texts, "--student", run / "dense")),
+        ("--model", ("finetune", "--model", run / "dense", "--task", "mrpc")),
+        ("--teacher", ("finetune", "--model", dense, "--task", "mrpc", "--teacher", run / "dense")),
+        ("--model", ("demo", "--model", run / "dense")),
+    ):
+        with pytest.raises(TCSPError, match=f"^{said} .* is in the output folder .*: name another one"):
+            tcsp(*words, "-o", run, "--overwrite")
+    for said, words in (("MODEL", (run / "dense",)), ("--stats", (dense, "--stats", run / "stats"))):
+        with pytest.raises(TCSPError, match=f"^{said} .* is in the output folder"):
+            tcsp("export", words[0], run, *words[1:], "--format", "bert", "--overwrite")
+    assert sorted(run.rglob("*")) == before
+
+
 def test_impossible_cuts_are_refused_before_calibration(
     dense: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,8 +91,9 @@ def test_a_folder_that_cannot_be_replaced_loses_nothing(tmp_path, monkeypatch, e
         replace(source, place)
 
     monkeypatch.setattr(os, "replace", busy)
-    with pytest.raises(TCSPError, match=r"cannot be replaced.*the result is in") as stop, new_folder(target, True) as at:
-        (at / "mine.txt").write_text("mine")
+    said = r"cannot be replaced.*the result is in"
+    with pytest.raises(TCSPError, match=said) as stop, new_folder(target, overwrite=True) as staging:
+        (staging / "mine.txt").write_text("mine")
     aside = tmp_path / str(stop.value).rpartition("the result is in ")[2].rstrip(".")
     assert (aside / "mine.txt").read_text() == "mine"
     (aside / "mine.txt").unlink()

@@ -35,6 +35,7 @@ from .common import (
     QuietOption,
     SequencesOption,
     SplitOption,
+    check_inputs,
     columns_of,
     command_line,
     print_json,
@@ -122,6 +123,7 @@ def compress_command(
     if offload and sentence_transformer:
         raise TCSPError("--offload cannot go with --sentence-transformer, which loads the whole source itself.")
     check_output_folder(output, overwrite)
+    check_inputs(output, {"MODEL": model}, {"--stats": stats, "--data": data})
     columns = columns_of(text_columns)
     source = load_source(model) if sentence_transformer else None
     if sentence_transformer:

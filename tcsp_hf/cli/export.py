@@ -22,6 +22,7 @@ from .common import (
     ModelArgument,
     OverwriteOption,
     QuietOption,
+    check_inputs,
     print_json,
     print_table,
     progress_of,
@@ -67,6 +68,7 @@ def export_command(
     if form != "bert" and (stats is not None or neurons is not None):
         raise TCSPError(f"--stats and --neurons are for --format bert, but --format is {form!r}.")
     check_output_folder(output, overwrite)
+    check_inputs(output, {"MODEL": model}, {"--stats": stats})
     found = None if stats is None else Calibration.load(stats)
     bars = progress_of(quiet, as_json)
     if form in _GRAPHS:

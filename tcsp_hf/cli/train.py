@@ -29,6 +29,7 @@ from .common import (
     JsonOption,
     OverwriteOption,
     QuietOption,
+    check_inputs,
     check_outside,
     command_line,
     print_json,
@@ -127,6 +128,7 @@ def train_command(
             raise TCSPError(f"{option} is {value!r}, but unlabelled text is not scored: give --task, or leave it out.")
     chosen = None if task is None else find_task(task)
     check_output_folder(output, overwrite)
+    check_inputs(output, {"--model": model, "--student": student}, {"--data": data})
     check_outside("--checkpoints", checkpoints, output)
     rate = lr if lr is not None else (2e-4 if task is None else 5e-5)
     schedule = Schedule(epochs, rate, batch_size, max_length, seed=seed, bf16=bf16)
