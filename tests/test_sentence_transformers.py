@@ -11,6 +11,7 @@ import pytest
 import torch
 from common import Case, D, calibrated, find, make_dense, make_small, make_tokenizer
 from test_cli import tcsp
+from tokenizers.normalizers import Sequence
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
@@ -146,6 +147,30 @@ def test_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*plain, "--pooling", "pooler"])
     assert isinstance(result.exception, TCSPError) and "pooling is 'pooler'" in str(result.exception)
     assert not (tmp_path / "from-pooler").exists()
+
+
+def test_a_source_that_lowers_its_texts(full: PreTrainedModel, tmp_path: Path) -> None:
+    """It says so beside the tokenizer: capitals are unknown words to the tokenizer alone."""
+    path, tokenizer, capitals = write_source(tmp_path, modules.Normalize()), make_tokenizer(), ["W1 W2 W3", "W7"]
+    tokenizer.backend_tokenizer.normalizer = Sequence([])
+    tokenizer.save_pretrained(path)
+    settings = json.loads((path / "sentence_bert_config.json").read_text())
+    (path / "sentence_bert_config.json").write_text(json.dumps(settings | {"do_lower_case": True}))
+    source = load_source(path)
+    expected = source.encode(["w1 w2 w3", "w7"])
+    assert np.abs(source.encode(capitals) - expected).max() <= 1e-6
+    save_sentence_transformer(full, tokenizer, source, tmp_path / "saved")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(f"W{i} W{i + 1} W{2 * i}" for i in range(50)))
+    told = ("--data", texts, "--hidden-size", D, "--sentence-transformer", "--json")
+    made = json.loads(tcsp("compress", path, *told, "-o", tmp_path / "made"))
+    texts.write_text(texts.read_text().lower())
+    lowered = json.loads(tcsp("compress", path, *told, "-o", tmp_path / "lowered"))
+    assert made["projection"]["calibration"]["tokens"] == lowered["projection"]["calibration"]["tokens"]
+    assert made["projection"]["sites"] == lowered["projection"]["sites"], "calibrated on the words, not on [UNK]"
+    for name in ("saved", "made"):
+        found = library.SentenceTransformer(str(tmp_path / name), device="cpu").encode(capitals)
+        assert np.abs(found - expected).max() <= 1e-5
 
 
 def test_t5_encoder(tmp_path: Path) -> None:

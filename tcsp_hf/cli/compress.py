@@ -18,9 +18,10 @@ from ..export.sentence_transformer import (
     require_encoder,
     reranker_settings,
     save_sentence_transformer,
+    tokenizer_of,
 )
 from ..files import check_output_folder, new_folder
-from ..loading import load_model, load_tokenizer
+from ..loading import load_model
 from ..publish.card import write_card
 from ..publish.results import CardResults
 from .common import (
@@ -148,7 +149,7 @@ def compress_command(
     }
     if found is None:
         check_request(dense, **options)
-    tokenizer = load_tokenizer(model)
+    tokenizer = tokenizer_of(source, model)
     settings = reranker_settings(model)
     if found is None:
         found = calibrate(

@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 from ..architectures import family_of
 from ..errors import TCSPError
-from ..loading import resolve_name
+from ..loading import load_tokenizer, resolve_name
 
 _AFFINE = ("cls", "mean", "weightedmean", "lasttoken")
 """Poolings that commute with the lift; not so a maximum, nor a sum divided by the root of the length."""
@@ -62,6 +62,20 @@ def load_source(name: str | os.PathLike[str]) -> Any | None:
 def pooling_of(source: Any | None) -> str:
     """What `calibrate` calls the pooling of a source: its sentences are read from the first token, or from a mean."""
     return "cls" if source is not None and _check_modules(source) == ("cls",) else "mean"
+
+
+def _lowers(source: Any | None) -> bool:
+    """Whether a source lowers its texts, whatever the tokenizer in its folder does."""
+    return source is not None and bool(getattr(source[0], "do_lower_case", False))
+
+
+def tokenizer_of(source: Any | None, name: str) -> Any:
+    """The tokenizer in a model's folder, as the source reads its texts with it.
+
+    Raises:
+        TCSPError: see `load_tokenizer`.
+    """
+    return source.tokenizer if source is not None and _lowers(source) else load_tokenizer(name)
 
 
 def _check_modules(source: Any) -> tuple[str, ...]:
@@ -142,7 +156,7 @@ def to_sentence_transformer(
     with tempfile.TemporaryDirectory() as folder:  # the library builds its first module from a folder
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        encoder = Transformer(folder)
+        encoder = Transformer(folder, do_lower_case=_lowers(source))
     size = int(model.config.hidden_size)
     include_prompt = True if source is None else source[1].include_prompt
     pooling = Pooling(size, modes[0] if len(modes) == 1 else modes, include_prompt=include_prompt)
