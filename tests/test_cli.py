@@ -70,6 +70,8 @@ def test_calibrate_compress_inspect(dense: Path, texts: Path, tmp_path: Path) ->
     assert widths[0]["hidden_size"] == 32
     assert all(a["removed"] <= b["removed"] for a, b in itertools.pairwise(widths[1:]))
     assert all(0.0 <= row["kept_energy_min"] <= 1.0 + 1e-9 for row in widths)
+    with pytest.raises(TCSPError, match=r"--stats are of a dense model, but .* is compressed"):
+        tcsp("inspect", small, "--stats", stats)
     for words in (("inspect", small), ("inspect", dense), ("--help",), ("compress", "--help")):
         assert tcsp(*words).strip()
 
@@ -126,6 +128,21 @@ def test_refusals_come_before_any_work(dense: Path, texts: Path, tmp_path: Path)
     ):
         with pytest.raises(TCSPError, match=said):
             tcsp(*train, *told)
+    compress = ("compress", dense, "--hidden-size", 16, "-o", tmp_path / "x")
+    with_stats = (*compress, "--stats", tmp_path / "none")
+    for words, said in (
+        ((*with_stats, "--data", texts), "--data is .*, but with --stats nothing is calibrated"),
+        ((*with_stats, "--split", "test"), "--split is 'test'"),
+        ((*with_stats, "--text-columns", "a"), "--text-columns is 'a'"),
+        ((*with_stats, "--max-sequences", 9), "--max-sequences is 9"),
+        ((*with_stats, "--pooling", "cls"), "--pooling is 'cls'"),
+        ((*compress, "--sentence-transformer", "--max-shard-size", "1GB"), "--max-shard-size cannot go with"),
+        (("card", tmp_path, "--print", "-o", "x.md"), "--print writes nothing, so --output"),
+        (("card", tmp_path, "--print", "--picture", "x.png"), "--print writes nothing, so --picture"),
+        (("card", tmp_path, "--print", "--stats", "x"), "--print writes nothing, so --stats"),
+    ):
+        with pytest.raises(TCSPError, match=said):
+            tcsp(*words)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     assert (full / "mine.txt").read_text() == "keep"
 

@@ -149,6 +149,13 @@ def test_command(tmp_path: Path) -> None:
     assert not (tmp_path / "from-pooler").exists()
 
 
+def test_a_pooling_that_would_not_be_read(tmp_path: Path) -> None:
+    source = write_source(tmp_path)
+    told = ["--stats", tmp_path / "none", "--hidden-size", 16, "--sentence-transformer", "--pooling", "cls"]
+    with pytest.raises(TCSPError, match="has a pooling of its own: leave --pooling out"):
+        tcsp("compress", source, "-o", tmp_path / "small", *told)
+
+
 def test_a_source_that_lowers_its_texts(full: PreTrainedModel, tmp_path: Path) -> None:
     """It says so beside the tokenizer: capitals are unknown words to the tokenizer alone."""
     path, tokenizer, capitals = write_source(tmp_path, modules.Normalize()), make_tokenizer(), ["W1 W2 W3", "W7"]

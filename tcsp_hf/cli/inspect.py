@@ -35,6 +35,8 @@ def inspect_command(
     except UNREADABLE as error:
         raise TCSPError(f"The configuration of {model!r} cannot be read: {error}") from error
     if isinstance(config, TCSPConfig):
+        if stats is not None:
+            raise TCSPError(f"--stats are of a dense model, but {model!r} is compressed: leave them out.")
         _inspect_compressed(model, config, as_json)
     else:
         _inspect_dense(model, config, stats, as_json)
