@@ -22,6 +22,7 @@ from test_save_load import CODE, other_auto_classes
 
 import tcsp_hf
 from tcsp_hf import TCSPError
+from tcsp_hf.modeling_tcsp import TCSPPreTrainedMixin
 from tcsp_hf.publish import CardResults, push, write_card
 from tcsp_hf.publish.checkpoint import read_checkpoint
 from tcsp_hf.publish.push import PushPlan, _deletions, _plan, plan_push
@@ -211,6 +212,16 @@ def test_a_models_own_push_gives_the_same_files(pushed: Pushed) -> None:
         assert f'from_pretrained("{name}"' in found["README.md"].decode()
     stock = pushed.hub.files("me/transformers")
     assert {*CODE["bert"], "config.json", "model.safetensors", "README.md"} <= set(stock)
+
+
+def test_a_push_while_saving_takes_all_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(TCSPPreTrainedMixin, "publisher", lambda model, repo_id, **options: seen.update(options) or "")
+    told = {"commit_message": "m", "commit_description": "d", "tags": ["t"], "max_shard_size": "20KB", "private": True}
+    make_small(BERT).save_pretrained(tmp_path / "x", push_to_hub=True, is_main_process=False, **told)
+    assert not seen, "the main process does it"
+    make_small(BERT).save_pretrained(tmp_path / "x", push_to_hub=True, **told)
+    assert seen == told and (tmp_path / "x" / "model.safetensors.index.json").is_file()
 
 
 def test_stale_shards_are_removed(pushed: Pushed) -> None:
