@@ -19,7 +19,8 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_tcsp_t5.TCSPT5ForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_tcsp_t5.TCSPT5ForQuestionAnswering",
 }
-"""Auto class -> file and class: written into every checkpoint, and registered where this package is installed."""
+"""Auto class -> file and class: written into every checkpoint (of an encoder alone, with that as AutoModel), and
+registered where this package is installed."""
 
 
 class TCSPT5Config(TCSPConfig):

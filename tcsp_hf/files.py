@@ -24,7 +24,7 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool) -> Path:
 
     Raises:
         TCSPError: `path` is a file, a folder that is not empty (and `overwrite` is False), or lies below something
-            that is not a writable folder; or the process works in it, so that it cannot be replaced.
+            that is not a writable folder; or it cannot be replaced: the process works in it, or it is a mount point.
     """
     folder = Path(os.path.expanduser(path))
     _put_back(folder)
@@ -32,6 +32,8 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool) -> Path:
         raise TCSPError(f"{folder} is not a folder: name a new or an empty folder.")
     if folder.is_dir() and _holds_current(folder):
         raise TCSPError(f"{folder} holds the current directory, so it cannot be replaced: name a folder below it.")
+    if os.path.ismount(folder):
+        raise TCSPError(f"{folder} is a mount point, so it cannot be replaced: name a folder below it.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise TCSPError(f"The folder {folder} is not empty: name another one, or pass overwrite=True (--overwrite).")
     parent = folder.absolute().parent
@@ -74,7 +76,8 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
     After an exception (or a kill) `path` is as it was. What runs that were killed left beside it is removed.
 
     Raises:
-        TCSPError: see `check_output_folder`.
+        TCSPError: see `check_output_folder`; or `path` cannot be replaced at the end: the message says where the result
+            is.
     """
     target = check_output_folder(path, overwrite).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,19 +87,41 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
         os.chmod(staging, 0o777 & ~_umask())  # mkdtemp's folders are private to the user
         yield staging
         if not overwrite and target.is_dir() and any(target.iterdir()):
-            aside = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
-            os.replace(staging, aside)
+            aside = _keep_aside(staging, target)
             raise TCSPError(f"Something else was written to {target} meanwhile: the result is in {aside}.")
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_OLD, dir=target.parent))
-            os.replace(target, old / "old")
-            os.replace(staging, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(staging, target)
+        try:
+            _replace(target, staging)
+        except OSError as error:
+            aside = _keep_aside(staging, target)
+            raise TCSPError(f"{target} cannot be replaced ({error.strerror}): the result is in {aside}.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         _release(lock)
+
+
+def _replace(target: Path, staging: Path) -> None:
+    """Put `staging` in the place of `target`, which is as it was after an OSError."""
+    if not target.exists():
+        os.replace(staging, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_OLD, dir=target.parent))
+    try:
+        os.replace(target, old / "old")
+        os.replace(staging, target)
+    except OSError:
+        with suppress(OSError):
+            if not target.exists():
+                os.replace(old / "old", target)
+            old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _keep_aside(staging: Path, target: Path) -> Path:
+    """The result under another name beside `target`."""
+    aside = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
+    os.replace(staging, aside)
+    return aside
 
 
 def write_whole(path: Path, text: str) -> None:

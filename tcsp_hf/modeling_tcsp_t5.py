@@ -617,7 +617,12 @@ class TCSPT5ForQuestionAnswering(_EncoderDecoder, T5ForQuestionAnswering):
         self.post_init()
 
 
+_ENCODER_MAP = {**AUTO_MAP, "AutoModel": "modeling_tcsp_t5.TCSPT5EncoderModel"}
+"""Of a checkpoint without a decoder: `AutoModel` would otherwise add one with random weights."""
+
+
 class TCSPT5EncoderModel(TCSPT5PreTrainedModel, T5EncoderModel):
+    auto_map: ClassVar[dict[str, str]] = _ENCODER_MAP
     _auto_class = "AutoModelForTextEncoding"
     _tied_weights_keys: ClassVar[dict[str, str]] = {"encoder.embed_tokens.weight": "shared.weight"}
 
@@ -655,6 +660,7 @@ class TCSPT5ForSequenceClassification(TCSPT5PreTrainedModel, T5ForSequenceClassi
 
 
 class TCSPT5ForTokenClassification(TCSPT5PreTrainedModel, T5ForTokenClassification):
+    auto_map: ClassVar[dict[str, str]] = _ENCODER_MAP
     _auto_class = "AutoModelForTokenClassification"
 
     def __init__(self, config: TCSPT5Config) -> None:

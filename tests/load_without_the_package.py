@@ -52,7 +52,7 @@ for name, job in json.loads(JOBS.read_text()).items():
     source = {"pretrained_model_name_or_path": job.get("repo", folder), "trust_remote_code": True}
     if "revision" in job:
         source["revision"] = job["revision"]
-    result = results[name] = {"classes": {}, "modules": [], "differing": {}, "shared": {}}
+    result = results[name] = {"classes": {}, "modules": [], "differing": {}, "shared": {}, "equal": {}}
     own = getattr(transformers, job["auto"]).from_pretrained(**source)
     result["own"] = type(own).__name__
     result["modules"].append(type(own).__module__)
@@ -63,6 +63,8 @@ for name, job in json.loads(JOBS.read_text()).items():
         result["classes"][auto] = type(model).__name__
         result["modules"].append(type(model).__module__)
         result["differing"][auto], result["shared"][auto] = differing(base_tensors(own), base_tensors(model))
+        if type(model) is type(own):
+            result["equal"][auto] = torch.equal(forward(model, folder), output)
     if "pipeline" in job:
         name = str(job.get("repo", folder))
         pipe = transformers.pipeline(job["pipeline"], name, revision=job.get("revision"), trust_remote_code=True)

@@ -1,23 +1,28 @@
 """Model cards: one regex over the whole card, the code that a card shows really run, and no file of the user's lost."""
 
+import http.client
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 from common import EOS, ONE_SOURCE_CASES, Case, calibrated, find, make_dense, make_small, make_tokenizer, make_uneven
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from test_cli import tcsp
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from tcsp_hf import TCSPError, compress
 from tcsp_hf.publish import CardResults, Evaluation, Latency, ModelCardCallback, render_card, write_card
+from tcsp_hf.publish.card import licence_of
 from tcsp_hf.publish.checkpoint import read_checkpoint
 from tcsp_hf.publish.results import RESULTS_FILE
 from tcsp_hf.publish.secrets import MASK, redact
+from tcsp_hf.publish.shelf import shelve_card
 
 CLASSIFIER = find("bert-ForSequenceClassification")
 FAKE_TOKEN = "hf_" + "aB3" * 11 + "x"
@@ -299,6 +304,55 @@ def test_base_model_and_licence_from_the_dense_folder(tmp_path: Path) -> None:
     assert "the licence of the dense model holds, `mit`" in text
     assert "`dense` made smaller" in text and str(tmp_path) not in text
     assert ModelCard(text).data.get("base_model") is None, "a folder is no name on the Hub"
+
+
+@pytest.mark.parametrize("front_matter", ["license: [mit", "license: {a: b: c}", "- mit", "license: 3"])
+def test_a_broken_card_of_the_dense_model_ends_nothing(tmp_path: Path, front_matter: str) -> None:
+    """A licence line is optional: the last step of a long command does not hang on it."""
+    (tmp_path / "README.md").write_text(f"---\n{front_matter}\n---\n")
+    assert licence_of(str(tmp_path), None) is None
+
+
+def test_a_broken_connection_ends_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise http.client.IncompleteRead(b"")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(ModelCard, "load", broken)
+    assert licence_of("", "my-org/dense") is None
+
+
+def test_pictures_are_copied_after_all_that_can_fail(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "new.png").write_bytes(b"png")
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(TCSPError, match=r"'gone\.png'"):
+        write_card(folder, CardResults(pictures={"x": "gone.png"}), pictures={"y": tmp_path / "new.png"})
+    assert sorted(path.name for path in folder.iterdir()) == before
+    write_card(folder, pictures={"y": tmp_path / "new.png"})
+    assert (folder / "new.png").is_file() and "![y](new.png)" in (folder / "README.md").read_text()
+
+
+def test_an_index_lists_cards_that_it_cannot_read(folder: Path, tmp_path: Path) -> None:
+    cards = tmp_path / "cards"
+    cards.mkdir()
+    (cards / "odd.md").write_text("---\nlicense: [mit\n---\n")
+    shelve_card(folder, cards / "mine.md", RESULTS, index=True)
+    index = (cards / "README.md").read_text()
+    assert "| [odd](odd.md) | - | - | its metadata cannot be read |" in index
+    assert "[mine](mine.md) | my-org/dense |" in index
+
+
+def test_a_card_that_fails_ends_no_training(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(folder, tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / RESULTS_FILE).write_text("{")
+    args, state = TrainingArguments(tmp_path, use_cpu=True), TrainerState(global_step=2)
+    ModelCardCallback().on_save(args, state, TrainerControl(), model=make_small(CLASSIFIER))
+    assert "No model card was written" in caplog.text and "cannot be read" in caplog.text
+    assert not (tmp_path / "checkpoint-2" / "README.md").exists()
 
 
 def test_a_trainer_writes_cards(tmp_path: Path) -> None:

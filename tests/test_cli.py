@@ -3,13 +3,14 @@
 import http.client
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from common import find, make_dense, make_rows, make_tokenizer
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from common import find, make_dense, make_rows, make_small, make_tokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, ByT5Tokenizer
 from typer.testing import CliRunner
 
 from tcsp_hf import TCSPBertForSequenceClassification, TCSPConfig, TCSPError, calibrate
@@ -17,7 +18,9 @@ from tcsp_hf.cli import main
 from tcsp_hf.cli.main import app
 from tcsp_hf.data.sources import load_data
 from tcsp_hf.errors import ends_a_command, message_of
-from tcsp_hf.loading import demo_model_path, load_tokenizer, resolve_name
+from tcsp_hf.loading import demo_model_path, load_model, load_tokenizer, resolve_name
+from tcsp_hf.tasks import find_task
+from tcsp_hf.train.models import load_for_task
 
 BERT = find("bert-ForSequenceClassification")
 ENCODER = find("bert-Model")
@@ -67,6 +70,8 @@ def test_calibrate_compress_inspect(dense: Path, texts: Path, tmp_path: Path) ->
     assert widths[0]["hidden_size"] == 32
     assert all(a["removed"] <= b["removed"] for a, b in itertools.pairwise(widths[1:]))
     assert all(0.0 <= row["kept_energy_min"] <= 1.0 + 1e-9 for row in widths)
+    with pytest.raises(TCSPError, match=r"--stats are of a dense model, but .* is compressed"):
+        tcsp("inspect", small, "--stats", stats)
     for words in (("inspect", small), ("inspect", dense), ("--help",), ("compress", "--help")):
         assert tcsp(*words).strip()
 
@@ -123,8 +128,50 @@ def test_refusals_come_before_any_work(dense: Path, texts: Path, tmp_path: Path)
     ):
         with pytest.raises(TCSPError, match=said):
             tcsp(*train, *told)
+    compress = ("compress", dense, "--hidden-size", 16, "-o", tmp_path / "x")
+    with_stats = (*compress, "--stats", tmp_path / "none")
+    for words, said in (
+        ((*with_stats, "--data", texts), "--data is .*, but with --stats nothing is calibrated"),
+        ((*with_stats, "--split", "test"), "--split is 'test'"),
+        ((*with_stats, "--text-columns", "a"), "--text-columns is 'a'"),
+        ((*with_stats, "--max-sequences", 9), "--max-sequences is 9"),
+        ((*with_stats, "--pooling", "cls"), "--pooling is 'cls'"),
+        ((*compress, "--sentence-transformer", "--max-shard-size", "1GB"), "--max-shard-size cannot go with"),
+        (("card", tmp_path, "--print", "-o", "x.md"), "--print writes nothing, so --output"),
+        (("card", tmp_path, "--print", "--picture", "x.png"), "--print writes nothing, so --picture"),
+        (("card", tmp_path, "--print", "--stats", "x"), "--print writes nothing, so --stats"),
+    ):
+        with pytest.raises(TCSPError, match=said):
+            tcsp(*words)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     assert (full / "mine.txt").read_text() == "keep"
+
+
+def test_overwrite_deletes_no_input(dense: Path, texts: Path, tmp_path: Path) -> None:
+    """A run's folder that holds the dense model, its statistics and its data is not replaced by what they give."""
+    run = tmp_path / "run"
+    shutil.copytree(dense, run / "dense")
+    (run / "stats").mkdir()
+    shutil.copyfile(texts, run / "texts.txt")
+    before = sorted(run.rglob("*"))
+    for said, words in (
+        ("MODEL", ("compress", run / "dense", "--hidden-size", 16)),
+        ("--stats", ("compress", dense, "--stats", run / "stats", "--hidden-size", 16)),
+        ("--data", ("compress", dense, "--data", run / "texts.txt", "--hidden-size", 16)),
+        ("--data", ("compress", dense, "--data", f"{texts}+{run / 'texts.txt'}", "--hidden-size", 16)),
+        ("--data", ("train", "--model", dense, "--data", run, "--hidden-size", 16)),
+        ("--model", ("train", "--model", run / "dense", "--data", texts, "--hidden-size", 16)),
+        ("--student", ("train", "--model", dense, "--data", texts, "--student", run / "dense")),
+        ("--model", ("finetune", "--model", run / "dense", "--task", "mrpc")),
+        ("--teacher", ("finetune", "--model", dense, "--task", "mrpc", "--teacher", run / "dense")),
+        ("--model", ("demo", "--model", run / "dense")),
+    ):
+        with pytest.raises(TCSPError, match=f"^{said} .* is in the output folder .*: name another one"):
+            tcsp(*words, "-o", run, "--overwrite")
+    for said, words in (("MODEL", (run / "dense",)), ("--stats", (dense, "--stats", run / "stats"))):
+        with pytest.raises(TCSPError, match=f"^{said} .* is in the output folder"):
+            tcsp("export", words[0], run, *words[1:], "--format", "bert", "--overwrite")
+    assert sorted(run.rglob("*")) == before
 
 
 def test_impossible_cuts_are_refused_before_calibration(
@@ -176,6 +223,69 @@ def test_errors_are_one_line_and_status_two(
 def test_the_card_says_what_was_switched_off(dense: Path, texts: Path, tmp_path: Path) -> None:
     tcsp("compress", dense, "--data", texts, "--hidden-size", 16, "--no-refit", "--quiet", "-o", tmp_path / "x")
     assert "--no-refit" in (tmp_path / "x" / "README.md").read_text()
+
+
+def test_a_model_without_its_tokenizer_is_refused(dense: Path, texts: Path, tmp_path: Path) -> None:
+    """transformers 5 makes up a tokenizer of special tokens, and every text would be [UNK]."""
+    bare, small, bert, bytes_ = (tmp_path / name for name in ("bare", "small", "bert", "bytes"))
+    AutoModelForSequenceClassification.from_pretrained(dense).save_pretrained(bare)
+    make_small(BERT).save_pretrained(small)
+    for words in (
+        ("calibrate", bare, "--data", texts, "-o", tmp_path / "x"),
+        ("compress", bare, "--data", texts, "--hidden-size", 16, "-o", tmp_path / "x"),
+        ("export", small, tmp_path / "x", "--format", "bert"),
+    ):
+        with pytest.raises(TCSPError, match=r"no tokenizer beside the model .*: put the model's own there"):
+            tcsp(*words)
+    assert not (tmp_path / "x").exists()
+    make_dense(find("t5-EncoderModel"), torch.float32).save_pretrained(bytes_)
+    with pytest.raises(TCSPError, match="no tokenizer"):
+        load_tokenizer(str(bytes_))
+    ByT5Tokenizer().save_pretrained(bytes_)
+    assert load_tokenizer(str(bytes_))("ab")["input_ids"] == [100, 101, 1], "of bytes: it has no vocabulary file"
+    make_dense(BERT, torch.float32).save_pretrained(bert)
+    (bert / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "w0"]))
+    assert load_tokenizer(str(bert))("w0")["input_ids"] == [2, 5, 3]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"hidden_size": 31}, {"hidden_act": "none"}, {"vocab_size": 0}, {"vocab_size": "many"}, {"hidden_size": -4}],
+    ids=str,
+)
+def test_a_configuration_of_no_model_is_said_in_one_line(dense: Path, fields: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    shutil.copytree(dense, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(TCSPError, match="configuration of"):
+        tcsp("inspect", folder)
+    with pytest.raises(TCSPError, match="cannot be loaded"):
+        load_model(str(folder))
+    with pytest.raises(TCSPError, match="cannot be loaded"):
+        load_for_task(str(folder), find_task("mrpc"))
+
+
+def test_weights_of_other_sizes_are_said_in_one_line(dense: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    shutil.copytree(dense, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 99}))
+    with pytest.raises(TCSPError, match="cannot be loaded"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("named", [["BertForRanking"], ["pipeline"], "BertModel"])
+def test_a_class_that_is_unknown_is_no_bare_model(dense: Path, named: Any, tmp_path: Path) -> None:
+    """Its head would be gone without a word."""
+    folder = tmp_path / "odd"
+    shutil.copytree(dense, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": named}))
+    with pytest.raises(TCSPError, match="names no class of transformers"):
+        load_model(str(folder))
+    (folder / "config.json").write_text(json.dumps({name: config[name] for name in config if name != "architectures"}))
+    assert type(load_model(str(folder))).__name__ == "BertModel"
 
 
 def test_data_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Folders appear whole or not at all."""
 
+import errno
 import os
 import stat
 
@@ -59,6 +60,45 @@ def test_a_folder_that_is_filled_meanwhile_is_left_alone(tmp_path):
     assert everything(target) == {"theirs.txt": "theirs"}
     aside = str(stop.value).rpartition("the result is in ")[2].rstrip(".")
     assert (tmp_path / aside / "mine.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_mount_point_is_refused(tmp_path, monkeypatch):
+    """As a container's volume: its content could change, but not the folder itself."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "out"))
+    with pytest.raises(TCSPError, match="is a mount point, so it cannot be replaced: name a folder below it"):
+        check_output_folder(tmp_path / "out", overwrite=True)
+    check_output_folder(tmp_path / "out" / "below", overwrite=True)
+
+
+@pytest.mark.parametrize("existing", [None, {}, {"old.txt": "old"}])
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_folder_that_cannot_be_replaced_loses_nothing(tmp_path, monkeypatch, existing, failing):
+    """Neither what was there nor the result."""
+    target, calls, replace = tmp_path / "out", [], os.replace
+    if existing is not None:
+        target.mkdir()
+        for name, content in existing.items():
+            (target / name).write_text(content)
+    elif failing == 2:
+        pytest.skip("a new folder is put there at one go")
+    before = everything(tmp_path)
+
+    def busy(source, place):
+        calls.append(source)
+        if len(calls) == failing:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", busy)
+    said = r"cannot be replaced.*the result is in"
+    with pytest.raises(TCSPError, match=said) as stop, new_folder(target, overwrite=True) as staging:
+        (staging / "mine.txt").write_text("mine")
+    aside = tmp_path / str(stop.value).rpartition("the result is in ")[2].rstrip(".")
+    assert (aside / "mine.txt").read_text() == "mine"
+    (aside / "mine.txt").unlink()
+    aside.rmdir()
+    assert everything(tmp_path) == before
 
 
 def test_files_that_cannot_be_written(tmp_path):

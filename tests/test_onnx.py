@@ -83,6 +83,23 @@ def test_dense_models_too(tmp_path: Path) -> None:
     assert_graph(find("bert-Model"), model, tmp_path)
 
 
+@pytest.mark.parametrize("case", [*BERT_CASES, *T5_CASES], ids=str)
+@pytest.mark.parametrize("dense", [False, True], ids=["small", "dense"])
+def test_outputs_have_names_whatever_the_configuration_says(case: Case, dense: bool) -> None:
+    if dense and str(case) in ("t5-ForSequenceClassification", "t5-ForTokenClassification"):
+        pytest.skip("transformers' own class runs with return_dict alone")
+    model = make_dense(case, torch.float32) if dense else make_small(case)
+    with torch.no_grad():
+        for graph in export_onnx_module.graphs_of(model):
+            inputs = graph.make(2, 7)
+            model.config.return_dict = True
+            expected = graph.run(model, inputs)
+            model.config.return_dict = False
+            found = graph.run(model, inputs)
+            assert found.keys() == expected.keys() and expected
+            assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")

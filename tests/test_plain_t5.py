@@ -33,6 +33,7 @@ import tcsp_hf
 from tcsp_hf import TCSPError, compress, to_plain_t5
 from tcsp_hf.cli.main import app
 from tcsp_hf.compression import t5 as projecting_t5
+from tcsp_hf.export.ctranslate2 import to_ctranslate2
 
 GENERATORS = [case for case in CASES if case.head == "ForConditionalGeneration"]
 PLAIN = [case for case in CASES if case.family == "t5" and case.head != "ForSequenceClassification"]
@@ -319,3 +320,19 @@ def test_ctranslate2_beams_and_scores(exported: tuple[Path, Path], plain: tuple[
     with torch.no_grad():
         expected = plain[0](ids, decoder_input_ids=torch.tensor([[PAD, *tokens[:2]]])).logits[0].log_softmax(-1)
     assert scored == pytest.approx(expected[torch.arange(3), tokens].tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("head", ["EncoderModel", "Model", "ForQuestionAnswering"])
+def test_ctranslate2_without_a_language_model_head(head: str, tmp_path: Path) -> None:
+    """Its converter would draw what is missing at random, and report success."""
+    small = make_small(find(f"t5-{head}"))
+    small.save_pretrained(tmp_path / "small")
+    make_tokenizer().save_pretrained(tmp_path / "small")
+    result = CliRunner().invoke(
+        app, ["export", str(tmp_path / "small"), str(tmp_path / "ct2"), "--format", "ctranslate2"]
+    )
+    assert isinstance(result.exception, TCSPError) and f"TCSPT5{head}" in str(result.exception)
+    to_plain_t5(small).save_pretrained(tmp_path / "plain")
+    with pytest.raises(TCSPError, match=f"is a T5{head}, but"):
+        to_ctranslate2(tmp_path / "plain", tmp_path / "ct2")
+    assert not (tmp_path / "ct2").exists()

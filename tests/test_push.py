@@ -22,13 +22,19 @@ from test_save_load import CODE, other_auto_classes
 
 import tcsp_hf
 from tcsp_hf import TCSPError
+from tcsp_hf.modeling_tcsp import TCSPPreTrainedMixin
 from tcsp_hf.publish import CardResults, push, write_card
 from tcsp_hf.publish.checkpoint import read_checkpoint
-from tcsp_hf.publish.push import _plan, plan_push
+from tcsp_hf.publish.push import PushPlan, _deletions, _plan, plan_push
 
 BERT, T5 = find("bert-ForSequenceClassification"), find("t5-ForConditionalGeneration")
 PART = 40_000
 """Bytes of one part of a large upload: the BERT's weights take two, the T5's three."""
+DERIVED = (
+    *("onnx/model.onnx", "onnx/model.onnx.data", "onnx/my_own.onnx", "openvino/openvino_model.xml"),
+    *("openvino/openvino_model.bin", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
+    *("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"),
+)
 HERE = Path(__file__).parent
 
 
@@ -98,6 +104,13 @@ class Pushed:
         add("saved", self.bert, "me/saved", how="save", auto=auto)
         add("sharded", sharded, "me/sharded")
         add("whole", self.bert, "me/sharded")
+        derived = top / "derived"
+        shutil.copytree(self.bert, derived)
+        for name in DERIVED:
+            (derived / name).parent.mkdir(exist_ok=True)
+            (derived / name).write_text("{}" if name.endswith("json") else "old")
+        add("derived", derived, "me/derived")
+        add("alone", self.bert, "me/derived")
         add("grown", self.bert, "me/grown")
         add("grown by shards", sharded, "me/grown", revision="v2")
         add("command", self.bert, "me/command", how="tcsp", words=["--private", "--json", "--token", hub.token])
@@ -201,11 +214,44 @@ def test_a_models_own_push_gives_the_same_files(pushed: Pushed) -> None:
     assert {*CODE["bert"], "config.json", "model.safetensors", "README.md"} <= set(stock)
 
 
+def test_a_push_while_saving_takes_all_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(TCSPPreTrainedMixin, "publisher", lambda model, repo_id, **options: seen.update(options) or "")
+    told = {"commit_message": "m", "commit_description": "d", "tags": ["t"], "max_shard_size": "20KB", "private": True}
+    make_small(BERT).save_pretrained(tmp_path / "x", push_to_hub=True, is_main_process=False, **told)
+    assert not seen, "the main process does it"
+    make_small(BERT).save_pretrained(tmp_path / "x", push_to_hub=True, **told)
+    assert seen == told and (tmp_path / "x" / "model.safetensors.index.json").is_file()
+
+
 def test_stale_shards_are_removed(pushed: Pushed) -> None:
     before = list(pushed.hub.repositories["me/sharded"].commits.values())[1].files
     assert sum(name.startswith("model-") for name in before) > 2
     weights = [name for name in pushed.hub.files("me/sharded") if name.startswith("model") and not name.endswith(".py")]
     assert weights == ["model.safetensors"]
+
+
+def test_what_was_made_of_earlier_weights_is_removed(pushed: Pushed) -> None:
+    """Graphs, and the layout of sentence-transformers, whose linear module is the lift of those weights."""
+    commits = list(pushed.hub.repositories["me/derived"].commits.values())
+    assert set(DERIVED) <= set(commits[1].files)
+    assert set(pushed.hub.files("me/derived")) == {*pushed.hub.files("me/bert"), "onnx/my_own.onnx"}
+
+
+def test_what_may_be_somebodys_own_stays() -> None:
+    plan = PushPlan("me/x", {"config.json": 1, "model.safetensors": 1}, False, [])
+    remote = [".gitattributes", "config.json", "model.safetensors", "mine.txt", "modules.json", "1_Pooling/config.json"]
+    assert not _deletions(remote, plan, overwrite=False)
+    assert plan.warnings == ["modules.json in me/x stays, but may not fit the weights of this push"]
+    plan.warnings.clear()
+    gone = _deletions([*remote, "onnx/model.onnx", "onnx/model_quantized.onnx"], plan, overwrite=False)
+    assert [operation.path_in_repo for operation in gone] == ["onnx/model.onnx"]
+    assert plan.warnings[0] == "removed from me/x, since it was made of earlier weights: onnx/model.onnx"
+    assert plan.warnings[1].startswith("modules.json, onnx/model_quantized.onnx in me/x stays")
+    plan.files["modules.json"] = plan.files["onnx/model.onnx"] = 1
+    plan.warnings.clear()
+    assert not _deletions([*remote, "onnx/model.onnx", "2_Dense/config.json"], plan, overwrite=False)
+    assert not plan.warnings
 
 
 def test_another_model_is_not_overwritten(pushed: Pushed) -> None:

@@ -247,6 +247,22 @@ def test_remote_code_of_other_auto_classes(case: Case, checkpoints, remote):
     assert_other_classes(case, checkpoints[case][0], remote[str(case)])
 
 
+def test_remote_code_of_an_encoder_is_one(remote):
+    """`AutoModel` of a T5 without a decoder adds none with random weights: a sentence encoder is loaded so."""
+    result = remote["t5-EncoderModel"]
+    assert result["classes"]["AutoModel"] == "TCSPT5EncoderModel" and result["equal"]["AutoModel"]
+    assert remote["t5-ForTokenClassification"]["classes"]["AutoModel"] == "TCSPT5EncoderModel"
+    assert remote["t5-ForConditionalGeneration"]["classes"]["AutoModel"] == "TCSPT5Model"
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_an_encoder_is_one_with_the_package_too(checkpoints, trust):
+    case = find("t5-EncoderModel")
+    loaded = transformers.AutoModel.from_pretrained(checkpoints[case][1], trust_remote_code=trust)
+    assert type(loaded) is tcsp_hf.TCSPT5EncoderModel
+    assert_same_bits(checkpoints[case][0], loaded)
+
+
 @pytest.mark.slow
 def test_remote_code_of_every_auto_class(checkpoints, tmp_path):
     """Any Auto class loads any task's checkpoint."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from common import Case, D, calibrated, find, make_dense, make_small, make_tokenizer
 from test_cli import tcsp
+from tokenizers.normalizers import Sequence
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
@@ -18,7 +19,12 @@ import tcsp_hf
 from tcsp_hf import TCSPError, compress
 from tcsp_hf.cli.main import app
 from tcsp_hf.evaluation.embeddings import embed
-from tcsp_hf.export.sentence_transformer import load_source, save_sentence_transformer, to_sentence_transformer
+from tcsp_hf.export.sentence_transformer import (
+    load_source,
+    reranker_settings,
+    save_sentence_transformer,
+    to_sentence_transformer,
+)
 
 library = pytest.importorskip("sentence_transformers")
 modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
@@ -92,9 +98,13 @@ def test_narrow_equals_pooling_lifted_states(small: PreTrainedModel, tmp_path: P
     assert np.abs(truncated - expected).max() <= 1e-5
 
 
-def test_without_the_package(small: PreTrainedModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", [ENCODER, find("t5-EncoderModel")], ids=str)
+def test_without_the_package(case: Case, tmp_path: Path) -> None:
     """In a process that cannot import tcsp_hf, with the code beside the checkpoint."""
-    save_sentence_transformer(small, make_tokenizer(), None, tmp_path / "small")
+    small, tokenizer = make_small(case), make_tokenizer()
+    if case.family == "t5":
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    save_sentence_transformer(small, tokenizer, None, tmp_path / "small")
     program = """
 import json, sys
 sys.modules["tcsp_hf"] = None  # an import fails
@@ -107,7 +117,7 @@ json.dump(model.encode(json.loads(sys.argv[2])).tolist(), open(sys.argv[3], "w")
     found = tmp_path / "found.json"
     command = [sys.executable, "-c", program, str(tmp_path / "small"), json.dumps(TEXTS), str(found)]
     subprocess.run(command, check=True)
-    expected = embed(small, make_tokenizer(), TEXTS).numpy()
+    expected = embed(small, tokenizer, TEXTS).numpy()
     assert np.abs(np.array(json.loads(found.read_text())) - expected).max() <= 1e-5
 
 
@@ -139,6 +149,37 @@ def test_command(tmp_path: Path) -> None:
     assert not (tmp_path / "from-pooler").exists()
 
 
+def test_a_pooling_that_would_not_be_read(tmp_path: Path) -> None:
+    source = write_source(tmp_path)
+    told = ["--stats", tmp_path / "none", "--hidden-size", 16, "--sentence-transformer", "--pooling", "cls"]
+    with pytest.raises(TCSPError, match="has a pooling of its own: leave --pooling out"):
+        tcsp("compress", source, "-o", tmp_path / "small", *told)
+
+
+def test_a_source_that_lowers_its_texts(full: PreTrainedModel, tmp_path: Path) -> None:
+    """It says so beside the tokenizer: capitals are unknown words to the tokenizer alone."""
+    path, tokenizer, capitals = write_source(tmp_path, modules.Normalize()), make_tokenizer(), ["W1 W2 W3", "W7"]
+    tokenizer.backend_tokenizer.normalizer = Sequence([])
+    tokenizer.save_pretrained(path)
+    settings = json.loads((path / "sentence_bert_config.json").read_text())
+    (path / "sentence_bert_config.json").write_text(json.dumps(settings | {"do_lower_case": True}))
+    source = load_source(path)
+    expected = source.encode(["w1 w2 w3", "w7"])
+    assert np.abs(source.encode(capitals) - expected).max() <= 1e-6
+    save_sentence_transformer(full, tokenizer, source, tmp_path / "saved")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(f"W{i} W{i + 1} W{2 * i}" for i in range(50)))
+    told = ("--data", texts, "--hidden-size", D, "--sentence-transformer", "--json")
+    made = json.loads(tcsp("compress", path, *told, "-o", tmp_path / "made"))
+    texts.write_text(texts.read_text().lower())
+    lowered = json.loads(tcsp("compress", path, *told, "-o", tmp_path / "lowered"))
+    assert made["projection"]["calibration"]["tokens"] == lowered["projection"]["calibration"]["tokens"]
+    assert made["projection"]["sites"] == lowered["projection"]["sites"], "calibrated on the words, not on [UNK]"
+    for name in ("saved", "made"):
+        found = library.SentenceTransformer(str(tmp_path / name), device="cpu").encode(capitals)
+        assert np.abs(found - expected).max() <= 1e-5
+
+
 def test_t5_encoder(tmp_path: Path) -> None:
     case = find("t5-EncoderModel")
     small = make_small(case, hidden_size=D)
@@ -161,6 +202,58 @@ def test_cross_encoder(tmp_path: Path) -> None:
     expected = library.CrossEncoder(str(tmp_path / "dense"), device="cpu").predict(pairs)
     found = library.CrossEncoder(str(tmp_path / "small"), device="cpu", trust_remote_code=True).predict(pairs)
     assert np.abs(expected - found).max() <= 1e-5
+
+
+RERANKER = find("bert-ForSequenceClassification")
+PAIRS = [("w1 w2", "w3 w4 w5"), ("w1", "w9"), ("w40 w41 w42", "w3")]
+
+
+def write_reranker(folder: Path) -> Path:
+    """A reranker whose scores are its logits, with a prompt, as version 6 writes it."""
+    make_dense(RERANKER, torch.float32, num_labels=1).save_pretrained(folder / "plain")
+    make_tokenizer().save_pretrained(folder / "plain")
+    kinds = {"activation_fn": torch.nn.Identity(), "prompts": {"query": "w99 "}, "default_prompt_name": "query"}
+    library.CrossEncoder(str(folder / "plain"), device="cpu", **kinds).save_pretrained(str(folder / "reranker"))
+    return folder / "reranker"
+
+
+def test_a_reranker_keeps_its_activation(tmp_path: Path) -> None:
+    """One score is a sigmoid to whom no file says otherwise."""
+    dense, small, texts = write_reranker(tmp_path), tmp_path / "small", tmp_path / "texts.txt"
+    texts.write_text("\n".join(f"w{i} w{i + 1} w{2 * i}" for i in range(50)))
+    tcsp("compress", dense, "--data", texts, "--hidden-size", D, "-o", small, "--json")
+    expected = library.CrossEncoder(str(dense), device="cpu").predict(PAIRS)
+    made = library.CrossEncoder(str(small), device="cpu", trust_remote_code=True)
+    assert isinstance(made.activation_fn, torch.nn.Identity) and made.prompts["query"] == "w99 "
+    assert np.abs(expected - made.predict(PAIRS)).max() <= 1e-4
+    card = (small / "README.md").read_text()
+    assert "CrossEncoder(" in card and "SentenceTransformer(" not in card
+    assert "pipeline_tag: text-classification" in card and "library_name: transformers" in card
+
+
+def test_a_trained_reranker_keeps_its_activation(tmp_path: Path) -> None:
+    dense, texts = write_reranker(tmp_path), tmp_path / "texts.txt"
+    texts.write_text("\n".join(f"w{i} w{i + 1} w{2 * i}" for i in range(50)))
+    told = ["--model", dense, "--data", texts, "--hidden-size", 16, "--epochs", 1, "--train-samples", 32]
+    tcsp("train", *told, "-o", tmp_path / "small", "--json")
+    made = library.CrossEncoder(str(tmp_path / "small"), device="cpu", trust_remote_code=True)
+    assert isinstance(made.activation_fn, torch.nn.Identity) and made.prompts["query"] == "w99 "
+
+
+def test_settings_of_a_reranker(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whose code is somebody else's is not handed on, nor is what belongs to another kind of model."""
+    dense = write_reranker(tmp_path)
+    assert len(reranker_settings(str(dense))) == 3 and not reranker_settings(str(tmp_path / "plain"))
+    assert not reranker_settings("no/such-model")
+    path = dense / "config_sentence_transformers.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"activation_fn": "os.getcwd"}))
+    assert not reranker_settings(str(dense)) and "os.getcwd" in caplog.text
+    path.write_text(json.dumps(content | {"model_type": "SentenceTransformer"}))
+    assert not reranker_settings(str(dense))
+    path.write_text("{")
+    with pytest.raises(TCSPError, match="is damaged"):
+        reranker_settings(str(dense))
 
 
 def test_refusals(small: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,9 @@ def card_command(
     """
     if index and output is None:
         raise TCSPError("--index makes a table beside the file that -o names: give -o.")
+    for option, value in (("--output", output), ("--picture", picture), ("--stats", stats)):
+        if show and value:
+            raise TCSPError(f"--print writes nothing, so {option} has no place: leave one of them out.")
     given = CardResults(base_model=base_model, license=licence, language=language)
     found = (CardResults() if results is None else CardResults.load(results)).merge(given)
     if show:

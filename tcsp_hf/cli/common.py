@@ -22,6 +22,7 @@ from rich.table import Table
 
 from ..errors import TCSPError
 from ..files import new_folder
+from ..loading import resolve_name
 from ..publish.card import shown_path
 
 ModelArgument = Annotated[str, typer.Argument(help="Name on the Hub, or a folder.", show_default=False)]
@@ -126,6 +127,29 @@ def check_outside(option: str, folder: Path | None, output: Path) -> None:
     """Refuse a folder to go on from that lies in the output folder, whose content is replaced at the end."""
     if folder is not None and output.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise TCSPError(f"{option} {folder} is in --output {output}, which is written anew: name another one.")
+
+
+def check_inputs(output: Path, models: dict[str, str | None], others: dict[str, str | Path | None]) -> None:
+    """Refuse local inputs in the output folder, which --overwrite would delete with all else that it holds.
+
+    Args:
+        models: by option; one may be the output folder itself, and is replaced then.
+        others: statistics and data, by option.
+    """
+    place = output.expanduser().resolve()
+    for option, value in (models | others).items():
+        names = [] if value is None else [str(value), *str(value).split("+")]  # sources of data
+        for path in (Path(resolve_name(name)).resolve() for name in names):
+            if path.exists() and (place in path.parents or (path == place and option not in models)):
+                raise TCSPError(
+                    f"{option} {value} is in the output folder {output}, which is written anew: name another one."
+                )
+
+
+def write_texts(folder: Path, texts: dict[str, str]) -> None:
+    """Files (name -> text) into a folder."""
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def this_machine() -> str:

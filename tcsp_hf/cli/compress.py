@@ -16,10 +16,12 @@ from ..export.sentence_transformer import (
     load_source,
     pooling_of,
     require_encoder,
+    reranker_settings,
     save_sentence_transformer,
+    tokenizer_of,
 )
 from ..files import check_output_folder, new_folder
-from ..loading import load_model, load_tokenizer
+from ..loading import load_model
 from ..publish.card import write_card
 from ..publish.results import CardResults
 from .common import (
@@ -34,14 +36,17 @@ from .common import (
     QuietOption,
     SequencesOption,
     SplitOption,
+    check_inputs,
     columns_of,
     command_line,
     print_json,
     print_table,
     progress_of,
+    write_texts,
 )
 
 _SHARD_SIZE = re.compile(r"[1-9]\d*(KB|MB|GB|TB)")
+_ONE_SHARD, _SEQUENCES, _SPLIT = "50GB", 2000, "train"
 
 
 def compress_command(
@@ -83,9 +88,9 @@ def compress_command(
         ),
     ] = False,
     data: DataOption = SAMPLE,
-    split: SplitOption = "train",
+    split: SplitOption = _SPLIT,
     text_columns: ColumnsOption = None,
-    max_sequences: SequencesOption = 2000,
+    max_sequences: SequencesOption = _SEQUENCES,
     pooling: Annotated[
         str | None,
         typer.Option(
@@ -99,7 +104,7 @@ def compress_command(
     offload: OffloadOption = False,
     max_shard_size: Annotated[
         str, typer.Option(help="Largest weight file, as 5GB or 500MB; a larger model is written in several.")
-    ] = "50GB",
+    ] = _ONE_SHARD,
     overwrite: OverwriteOption = False,
     force: Annotated[
         bool, typer.Option("--force", help="Save a model whose outputs are far from what was predicted.")
@@ -119,11 +124,30 @@ def compress_command(
         raise TCSPError(f"--max-shard-size is {max_shard_size!r}; it must be a number with KB, MB, GB or TB, as 5GB.")
     if offload and sentence_transformer:
         raise TCSPError("--offload cannot go with --sentence-transformer, which loads the whole source itself.")
+    if max_shard_size != _ONE_SHARD and sentence_transformer:
+        raise TCSPError("--max-shard-size cannot go with --sentence-transformer, which writes one file: leave it out.")
+    for option, value, default in (
+        ("--data", data, SAMPLE),
+        ("--split", split, _SPLIT),
+        ("--text-columns", text_columns, None),
+        ("--max-sequences", max_sequences, _SEQUENCES),
+        ("--pooling", None if sentence_transformer else pooling, None),
+    ):
+        if stats is not None and value != default:
+            raise TCSPError(
+                f"{option} is {value!r}, but with --stats nothing is calibrated here: leave one of them out."
+            )
     check_output_folder(output, overwrite)
+    check_inputs(output, {"MODEL": model}, {"--stats": stats, "--data": data})
     columns = columns_of(text_columns)
     source = load_source(model) if sentence_transformer else None
     if sentence_transformer:
         check_pooling(pooling or "mean", source)
+        if stats is not None and source is not None and pooling is not None:
+            raise TCSPError(
+                f"--pooling is {pooling!r}, but with --stats nothing is calibrated here, and {model!r} has a pooling "
+                "of its own: leave --pooling out."
+            )
     found = None if stats is None else Calibration.load(stats)
     texts = load_data(data, split) if found is None else None
     dense = load_model(model, dtype, device, offload)
@@ -144,7 +168,8 @@ def compress_command(
     }
     if found is None:
         check_request(dense, **options)
-    tokenizer = load_tokenizer(model)
+    tokenizer = tokenizer_of(source, model)
+    settings = reranker_settings(model)
     if found is None:
         found = calibrate(
             dense,
@@ -166,6 +191,7 @@ def compress_command(
         else:
             small.save_pretrained(staging, max_shard_size=max_shard_size)
             tokenizer.save_pretrained(staging)
+            write_texts(staging, settings)
         write_card(staging, CardResults(command=command_line(context)), name=output.resolve().name)
     before, after = count_parameters(dense), count_parameters(small)
     if as_json:

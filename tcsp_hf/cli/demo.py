@@ -25,6 +25,7 @@ from .common import (
     JsonOption,
     OverwriteOption,
     QuietOption,
+    check_inputs,
     command_line,
     folder_bytes,
     print_json,
@@ -63,6 +64,7 @@ def demo_command(
     240 other paragraphs, of other articles, before and after. Under two minutes on two cores.
     """
     check_output_folder(output, overwrite)
+    check_inputs(output, {"--model": model}, {})
     picture = pictures_possible()
     started = time.perf_counter()
     torch.manual_seed(0)  # of the random tokens that latency is measured on

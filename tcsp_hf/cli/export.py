@@ -11,12 +11,23 @@ from transformers import PreTrainedModel
 from ..calibration import Calibration
 from ..errors import TCSPError
 from ..export import to_plain_bert, to_plain_t5
-from ..export.ctranslate2 import to_ctranslate2
+from ..export.ctranslate2 import require_lm_head, to_ctranslate2
 from ..export.onnx import export_onnx, require_onnx
 from ..export.openvino import export_openvino, require_openvino
+from ..export.sentence_transformer import reranker_settings
 from ..files import check_output_folder, new_folder
 from ..loading import load_model, load_tokenizer
-from .common import JsonOption, ModelArgument, OverwriteOption, QuietOption, print_json, print_table, progress_of
+from .common import (
+    JsonOption,
+    ModelArgument,
+    OverwriteOption,
+    QuietOption,
+    check_inputs,
+    print_json,
+    print_table,
+    progress_of,
+    write_texts,
+)
 
 FORMATS = ("t5", "bert", "ctranslate2", "onnx", "openvino")
 _GRAPHS = {"onnx": (require_onnx, export_onnx), "openvino": (require_openvino, export_openvino)}
@@ -57,16 +68,20 @@ def export_command(
     if form != "bert" and (stats is not None or neurons is not None):
         raise TCSPError(f"--stats and --neurons are for --format bert, but --format is {form!r}.")
     check_output_folder(output, overwrite)
+    check_inputs(output, {"MODEL": model}, {"--stats": stats})
     found = None if stats is None else Calibration.load(stats)
     bars = progress_of(quiet, as_json)
     if form in _GRAPHS:
         _GRAPHS[form][0]()
     small = load_model(model, "float32" if form in _GRAPHS else "auto")
+    if form == "ctranslate2":
+        require_lm_head(type(small).__name__)
     tokenizer = load_tokenizer(model)
+    settings = reranker_settings(model)
     facts: dict[str, Any] = {"output": str(output), "format": form}
     if form in _GRAPHS:
         with new_folder(output, overwrite) as staging:
-            _copy_checkpoint(model, small, tokenizer, staging, form)
+            _copy_checkpoint(model, small, tokenizer, settings, staging, form)
             facts["differences"] = _GRAPHS[form][1](small, staging / form, progress=bars)
     else:
         plain = to_plain_bert(small, found, neurons=neurons, progress=bars) if form == "bert" else to_plain_t5(small)
@@ -75,6 +90,7 @@ def export_command(
             folder = Path(temporary) if form == "ctranslate2" else staging
             plain.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            write_texts(folder, settings)
             if form == "ctranslate2":
                 to_ctranslate2(folder, staging)
     if as_json:
@@ -86,11 +102,14 @@ def export_command(
         typer.echo(f"{facts['class']}: {output}")
 
 
-def _copy_checkpoint(name: str, model: PreTrainedModel, tokenizer: Any, folder: Path, form: str) -> None:
+def _copy_checkpoint(
+    name: str, model: PreTrainedModel, tokenizer: Any, settings: dict[str, str], folder: Path, form: str
+) -> None:
     """All files of a local checkpoint (of a sentence-transformers folder too) without those of an earlier export to the
-    same form, or the model and its tokenizer."""
+    same form, or the model, its tokenizer and a reranker's settings."""
     if Path(name).is_dir():
         shutil.copytree(name, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(form, ".*"))
     else:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        write_texts(folder, settings)

@@ -22,6 +22,7 @@ from .common import (
     ModelArgument,
     OverwriteOption,
     QuietOption,
+    check_inputs,
     print_json,
     print_table,
     progress_of,
@@ -98,6 +99,7 @@ def finetune_command(
     """
     chosen = find_task(task)
     check_output_folder(output, overwrite)
+    check_inputs(output, {"--model": model, "--teacher": teacher}, {"--data": data})
     schedule = Schedule(epochs, lr, batch_size, max_length, seed=seed, bf16=bf16)
     bars = progress_of(quiet, as_json)
     rows = choose_rows(chosen.load(train_split, data), train_samples, seed)

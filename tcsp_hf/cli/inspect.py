@@ -14,7 +14,7 @@ from ..compression.compress import width_table
 from ..compression.subspace import spectrum
 from ..configuration_tcsp import TCSPConfig
 from ..errors import TCSPError
-from ..loading import model_class, resolve_name
+from ..loading import UNREADABLE, model_class, resolve_name
 from .common import JsonOption, ModelArgument, print_json, print_table
 
 
@@ -32,9 +32,11 @@ def inspect_command(
     model = resolve_name(model)
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise TCSPError(f"The configuration of {model!r} cannot be read: {error}") from error
     if isinstance(config, TCSPConfig):
+        if stats is not None:
+            raise TCSPError(f"--stats are of a dense model, but {model!r} is compressed: leave them out.")
         _inspect_compressed(model, config, as_json)
     else:
         _inspect_dense(model, config, stats, as_json)
@@ -71,9 +73,17 @@ def _inspect_dense(model: str, config: Any, stats: Path | None, as_json: bool) -
     found_class = model_class(transformers, architectures[0]) if architectures else None
     if found_class is None:
         raise TCSPError(f"The checkpoint {model!r} names no transformers class (architectures: {architectures}).")
-    with torch.device("meta"):
-        dense = found_class(config)
-    table = width_table(dense)
+    try:
+        with torch.device("meta"):
+            dense = found_class(config)
+        table = width_table(dense)
+    except TCSPError:
+        raise
+    except (*UNREADABLE, RuntimeError) as error:  # the last of sizes below zero
+        raise TCSPError(
+            f"The configuration of {model!r} describes no model ({type(error).__name__}: {error}): its config.json is "
+            "damaged, download or save it again."
+        ) from error
     energies: dict[int, tuple[float, float]] = {}
     if stats is not None:
         found = Calibration.load(stats)

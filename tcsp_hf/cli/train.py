@@ -13,6 +13,7 @@ from ..calibration.fingerprint import model_fingerprint
 from ..compression import removed_fraction
 from ..data.sources import SQUAD_SETS, first_rows, load_data
 from ..errors import TCSPError
+from ..export.sentence_transformer import reranker_settings
 from ..files import check_output_folder
 from ..loading import load_model, load_tokenizer, resolve_name
 from ..publish.card import write_card
@@ -28,12 +29,14 @@ from .common import (
     JsonOption,
     OverwriteOption,
     QuietOption,
+    check_inputs,
     check_outside,
     command_line,
     print_json,
     print_table,
     progress_of,
     trained_folder,
+    write_texts,
 )
 from .finetune import (
     BatchSizeOption,
@@ -125,6 +128,7 @@ def train_command(
             raise TCSPError(f"{option} is {value!r}, but unlabelled text is not scored: give --task, or leave it out.")
     chosen = None if task is None else find_task(task)
     check_output_folder(output, overwrite)
+    check_inputs(output, {"--model": model, "--student": student}, {"--data": data})
     check_outside("--checkpoints", checkpoints, output)
     rate = lr if lr is not None else (2e-4 if task is None else 5e-5)
     schedule = Schedule(epochs, rate, batch_size, max_length, seed=seed, bf16=bf16)
@@ -137,6 +141,7 @@ def train_command(
     name = resolve_name(model)
     dense, untrained = load_dense(name, chosen, seed)
     tokenizer = load_tokenizer(name)
+    settings = reranker_settings(name)
     started = None if student is None else load_model(student)
     if started is not None and not is_compressed(started):
         raise TCSPError(f"--student is {student!r}, which is not compressed: give its folder as --model.")
@@ -193,6 +198,7 @@ def train_command(
             folder.rmdir()
         small.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+        write_texts(staging, settings)
         scores: dict[str, dict[str, float]] = {}
         if chosen is not None and held_out is not None:
             scored = {"compressed": small} if untrained else {"dense": dense, "compressed": small}

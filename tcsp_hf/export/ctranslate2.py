@@ -1,10 +1,25 @@
 """A plain T5 checkpoint for CTranslate2's runtime (package `ctranslate2`)."""
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 from ..errors import TCSPError
 from ..files import check_output_folder
+
+
+def require_lm_head(class_name: str) -> None:
+    """Before the conversion, which would put a random decoder and a random head in the place of missing ones.
+
+    Raises:
+        TCSPError: it is not a T5's class with a language-model head.
+    """
+    if not class_name.endswith("T5ForConditionalGeneration"):
+        raise TCSPError(
+            f"The model is a {class_name}, but CTranslate2 runs a T5 with a decoder and a language-model head alone "
+            "(T5ForConditionalGeneration): export to onnx or t5."
+        )
 
 
 def to_ctranslate2(plain: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
@@ -16,8 +31,10 @@ def to_ctranslate2(plain: str | os.PathLike[str], output: str | os.PathLike[str]
     `scale_decoder_outputs` decides, as in transformers 5.
 
     Raises:
-        TCSPError: ctranslate2 is not installed, or `output` is not empty.
+        TCSPError: ctranslate2 is not installed, `output` is not empty, or the checkpoint has no language-model head.
     """
+    config = json.loads((Path(plain) / "config.json").read_text(encoding="utf-8"))
+    require_lm_head(str((config.get("architectures") or ["None"])[0]))
     try:
         from ctranslate2.converters import TransformersConverter
     except ImportError as error:

@@ -163,6 +163,7 @@ def _only_tensors(outputs: Any) -> Tensors:
 
 def _single_graph(model: Any, family: str) -> Graph:
     choices = (2,) if type(model).__name__.endswith("ForMultipleChoice") else ()
+    alone = type(model).__name__.endswith("T5EncoderModel")
     needs_decoder_inputs = family == "t5" and type(model).__name__.endswith("T5Model")
 
     def make(batch: int, length: int) -> Tensors:
@@ -180,7 +181,8 @@ def _single_graph(model: Any, family: str) -> Graph:
 
     def run(traced: Any, inputs: Tensors) -> Tensors:
         cache = {"use_cache": False} if family == "t5" else {}
-        return _only_tensors(traced(**inputs, **cache))
+        called = traced.get_encoder() if alone else traced  # transformers' T5EncoderModel hands no return_dict on to it
+        return _only_tensors(called(**inputs, **cache, return_dict=True))
 
     def axes(name: str) -> dict[int, str]:
         if name == "decoder_input_ids":
@@ -196,7 +198,7 @@ def _encoder_graph(model: Any) -> Graph:
         return {"input_ids": ids, "attention_mask": _mask(ids)}
 
     def run(traced: Any, inputs: Tensors) -> Tensors:
-        return {"last_hidden_state": traced.get_encoder()(**inputs).last_hidden_state}
+        return {"last_hidden_state": traced.get_encoder()(**inputs, return_dict=True).last_hidden_state}
 
     return Graph("encoder_model", make, run, lambda name: {0: "batch", 1: "encoder_sequence"})
 
@@ -248,6 +250,7 @@ def _decoder_graph(model: Any, first: bool) -> Graph:
             decoder_input_ids=inputs["decoder_input_ids"],
             **{CACHE: cache},
             use_cache=True,
+            return_dict=True,
         )
         caches: dict[str, Any] = {"decoder": cache.self_attention_cache, "encoder": cache.cross_attention_cache}
         if past:

@@ -6,6 +6,8 @@ affine map, so lifting once per text equals pooling lifted states, and embedding
 indexes made by the dense model stay valid.
 """
 
+import json
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -14,15 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from ..architectures import family_of
 from ..errors import TCSPError
-from ..loading import resolve_name
+from ..loading import load_tokenizer, resolve_name
 
 _AFFINE = ("cls", "mean", "weightedmean", "lasttoken")
 """Poolings that commute with the lift; not so a maximum, nor a sum divided by the root of the length."""
 _PLAIN = ("mean", "cls")
 """Those that `calibrate` knows, too."""
+_RERANKER_FILES = ("config_sentence_transformers.json", "modules.json", "sentence_bert_config.json")
+logger = logging.getLogger("tcsp_hf")
 
 
 def require_sentence_transformers() -> Any:
@@ -45,8 +50,6 @@ def load_source(name: str | os.PathLike[str]) -> Any | None:
         TCSPError: sentence-transformers is missing, or its pooling does not commute with the lift.
     """
     library = require_sentence_transformers()
-    from transformers.utils import cached_file
-
     path = resolve_name(str(name))
     found = cached_file(path, "modules.json", _raise_exceptions_for_missing_entries=False)
     if found is None:
@@ -59,6 +62,20 @@ def load_source(name: str | os.PathLike[str]) -> Any | None:
 def pooling_of(source: Any | None) -> str:
     """What `calibrate` calls the pooling of a source: its sentences are read from the first token, or from a mean."""
     return "cls" if source is not None and _check_modules(source) == ("cls",) else "mean"
+
+
+def _lowers(source: Any | None) -> bool:
+    """Whether a source lowers its texts, whatever the tokenizer in its folder does."""
+    return source is not None and bool(getattr(source[0], "do_lower_case", False))
+
+
+def tokenizer_of(source: Any | None, name: str) -> Any:
+    """The tokenizer in a model's folder, as the source reads its texts with it.
+
+    Raises:
+        TCSPError: see `load_tokenizer`.
+    """
+    return source.tokenizer if source is not None and _lowers(source) else load_tokenizer(name)
 
 
 def _check_modules(source: Any) -> tuple[str, ...]:
@@ -139,7 +156,7 @@ def to_sentence_transformer(
     with tempfile.TemporaryDirectory() as folder:  # the library builds its first module from a folder
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        encoder = Transformer(folder)
+        encoder = Transformer(folder, do_lower_case=_lowers(source))
     size = int(model.config.hidden_size)
     include_prompt = True if source is None else source[1].include_prompt
     pooling = Pooling(size, modes[0] if len(modes) == 1 else modes, include_prompt=include_prompt)
@@ -164,6 +181,46 @@ def _lift(model: Any, copies: int, dense: Any) -> nn.Module:
         weight = torch.block_diag(*[weight] * copies).float().cpu().contiguous()
         bias = bias.repeat(copies).float().cpu()
     return dense(*weight.shape[::-1], activation_function=nn.Identity(), init_weight=weight, init_bias=bias)
+
+
+def reranker_settings(name: str) -> dict[str, str]:
+    """What sentence-transformers 6 reads beside a reranker (file name -> text), so that a compressed one scores alike.
+
+    The files say which function follows the logits, and the prompts; before version 6 config.json said it. None for
+    any other model, nor (with a warning) where they name code of somebody else's: loading a compressed model with
+    `trust_remote_code=True` would trust that as well.
+
+    Args:
+        name: folder or Hub name of the model.
+
+    Raises:
+        TCSPError: a file cannot be read.
+    """
+    path, found = resolve_name(name), {}
+    for file in _RERANKER_FILES:
+        place = cached_file(path, file, _raise_exceptions_for_missing_entries=False)
+        if place is None:
+            return {}
+        found[file] = Path(place).read_text(encoding="utf-8")
+    settings, parts = (_parsed(found[file], name) for file in _RERANKER_FILES[:2])
+    if not isinstance(settings, dict) or settings.get("model_type") != "CrossEncoder":
+        return {}
+    named = [part.get("type") if isinstance(part, dict) else part for part in parts]
+    foreign = [kind for kind in named if not str(kind).startswith("sentence_transformers.")]
+    function = settings.get("activation_fn")
+    if function is not None and not str(function).startswith("torch."):
+        foreign.append(function)
+    if foreign:
+        logger.warning("%s is a reranker with code of its own (%s): its settings are not taken over.", name, foreign[0])
+        return {}
+    return found
+
+
+def _parsed(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise TCSPError(f"What sentence-transformers reads beside {name!r} is damaged: {error}") from error
 
 
 def _settings(source: Any) -> dict[str, Any]:

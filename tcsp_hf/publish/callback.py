@@ -1,5 +1,6 @@
 """Cards for the checkpoints that a `Trainer` writes."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..configuration_tcsp import TCSPConfig
 from .card import CARD_FILE, write_card
 from .results import CardResults, Evaluation
+
+logger = logging.getLogger("tcsp_hf")
 
 
 class ModelCardCallback(TrainerCallback):
@@ -59,9 +62,15 @@ class ModelCardCallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Beside the checkpoint just written; a card that is there stays."""
+        """Beside the checkpoint just written; a card that is there stays.
+
+        Where none can be written a warning says so: the training goes on.
+        """
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if not state.is_world_process_zero or not folder.is_dir() or (folder / CARD_FILE).exists():
             return
         if isinstance(getattr(model, "config", None), TCSPConfig) and (folder / "config.json").is_file():
-            write_card(folder, self.results)
+            try:
+                write_card(folder, self.results)
+            except Exception as error:  # whatever it is, hours of training are worth more than a card
+                logger.warning("No model card was written to %s: %s", folder, error)

@@ -2,13 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..compression import count_parameters
@@ -39,9 +39,13 @@ def render_card(
         TCSPError: the folder is no complete checkpoint, or its results are damaged.
     """
     found = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
-    shown = stored_results(found.folder).merge(results or CardResults())
+    return _render(found, stored_results(found.folder).merge(results or CardResults()), name)
+
+
+def _render(found: Checkpoint, shown: CardResults, name: str | None, copied: Collection[str] = ()) -> str:
+    """See `render_card`; `copied` are pictures that are still to be put beside the checkpoint."""
     for caption, file in shown.pictures.items():
-        if not (found.folder / file).is_file():
+        if file not in copied and not (found.folder / file).is_file():
             raise TCSPError(f"The picture {file!r} ({caption}) is not in {found.folder}: put it there first.")
     name = name or found.folder.resolve().name
     base = base_model(found, shown)
@@ -98,12 +102,12 @@ def write_card(
             raise TCSPError(f"The picture {source} ({caption}) is not there.")
         if (checkpoint.folder / source.name).exists() and not overwrite and not _inside(checkpoint.folder, source):
             raise TCSPError(f"{checkpoint.folder / source.name} exists: rename the picture, or pass overwrite=True.")
-    shown = stored_results(checkpoint.folder).merge(results or CardResults())
+    added = {caption: source.name for caption, source in sources.items()}
+    shown = stored_results(checkpoint.folder).merge(results or CardResults()).merge(CardResults(pictures=added))
+    text = _render(checkpoint, shown, name, copied=added.values())
     for source in sources.values():
         if not _inside(checkpoint.folder, source):
             shutil.copyfile(source, checkpoint.folder / source.name)
-    shown = shown.merge(CardResults(pictures={caption: source.name for caption, source in sources.items()}))
-    text = render_card(checkpoint, shown, name=name)
     write_whole(checkpoint.folder / RESULTS_FILE, redact(shown.to_json()))
     write_whole(path, text)
     return path
@@ -142,9 +146,9 @@ def licence_of(source: str, base: str | None) -> str | None:
             card = ModelCard.load(base, ignore_metadata_errors=True)
         else:
             return None
-    except (OSError, ValueError, HfHubHTTPError, OfflineModeIsEnabled):
-        return None  # no network, no such model, no card
-    found = card.data.get("license")
+        found = card.data.get("license")
+    except Exception:  # no network, no such model, a card that no parser reads: a card is whole without this line
+        return None
     return found if isinstance(found, str) else None
 
 

@@ -48,6 +48,19 @@ _TEXT = (".json", ".md", ".py", ".txt", ".yaml", ".yml")
 _NO_TEXT = (".safetensors", ".bin", ".onnx", ".data", ".png", ".jpg", ".jpeg", ".gif", ".webp")
 _SCANNED_BYTES = 10_000_000
 _OLD_WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+_GRAPH_NAMES = ("model", "encoder_model", "decoder_model", "decoder_with_past_model")
+_OLD_GRAPHS = (
+    *(f"onnx/{name}.onnx" for name in _GRAPH_NAMES),
+    *(f"onnx/{name}.onnx.data" for name in _GRAPH_NAMES),
+    *(f"openvino/openvino_{name}.{suffix}" for name in _GRAPH_NAMES for suffix in ("xml", "bin")),
+)
+"""What `tcsp export` writes beside weights, and what goes with them."""
+_OLD_LIFT = "[0-9]_Dense/*"
+_OLD_MODULES = (
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
+    *("[0-9]_Pooling/*", _OLD_LIFT, "[0-9]_Normalize/*"),
+)
+"""What --sentence-transformer writes beside an encoder; the linear module holds the lift of these very weights."""
 _LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token with write access (https://huggingface.co/settings/tokens)"
 
 
@@ -103,7 +116,8 @@ def push(
     """Upload a compressed checkpoint: weights, code and its `auto_map`, tokenizer, generation config, card.
 
     Everything is checked before the repository is created, and everything goes in one commit, so a broken connection
-    leaves the repository as it was.
+    leaves the repository as it was. What an earlier push left there that was made of other weights (shards, graphs, the
+    layout of sentence-transformers) goes with it.
 
     Args:
         folder: what `save_pretrained` wrote. It is not changed; without a card one is rendered for the push.
@@ -337,11 +351,27 @@ def _refuse_foreign(api: HfApi, repo_id: str, revision: str | None, checkpoint: 
 
 
 def _deletions(remote: list[str], plan: PushPlan, overwrite: bool) -> list[CommitOperationDelete]:
-    """Weights of an earlier push that this one does not replace (other shards); with `overwrite` all other files."""
+    """Weights of an earlier push that this one does not replace (other shards), and what was made of them: graphs, a
+    sentence-transformers layout with its lift. With `overwrite` all other files.
+
+    The plan's warnings say what goes beside weights, and what stays although it may not fit the new ones.
+    """
     stale = [name for name in remote if name not in plan.files and name != ".gitattributes"]
-    if not overwrite:
-        stale = [name for name in stale if any(fnmatch.fnmatch(name, pattern) for pattern in _OLD_WEIGHTS)]
-    return [CommitOperationDelete(name) for name in stale]
+    if overwrite:
+        return [CommitOperationDelete(name) for name in stale]
+    made = _matching(stale, _OLD_GRAPHS)
+    if "modules.json" in stale and _matching(stale, (_OLD_LIFT,)):
+        made += _matching(stale, _OLD_MODULES)
+    if made:
+        plan.warnings.append(f"removed from {plan.repo_id}, since it was made of earlier weights: {', '.join(made)}")
+    unsure = [name for name in _matching(stale, ("modules.json", "onnx/*", "openvino/*")) if name not in made]
+    if unsure:
+        plan.warnings.append(f"{', '.join(unsure)} in {plan.repo_id} stays, but may not fit the weights of this push")
+    return [CommitOperationDelete(name) for name in [*_matching(stale, _OLD_WEIGHTS), *made]]
+
+
+def _matching(names: list[str], patterns: tuple[str, ...]) -> list[str]:
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 @contextmanager

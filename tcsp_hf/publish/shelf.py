@@ -94,16 +94,21 @@ def write_index(folder: str | os.PathLike[str]) -> Path:
     for path in sorted(home.glob("*.md")):
         if path.name == CARD_FILE:
             continue
+        lines.append(f"| [{path.stem}]({path.name}) | {' | '.join(_entry(path))} |")
+    head = "# Model cards\n\nCards of checkpoints that commands of this repository made and measured.\n"
+    write_whole(home / CARD_FILE, f"{_MARK}\n\n{head}\n" + "\n".join(lines) + "\n")
+    return home / CARD_FILE
+
+
+def _entry(path: Path) -> tuple[str, str, str]:
+    """What the index says of a card: its dense model, what was removed, what was measured."""
+    try:
         card = ModelCard.load(path, ignore_metadata_errors=True)
         removed = _REMOVED.search(card.text)
         scores = [
             f"{score.dataset_name}: {score.metric_type} {score.metric_value:.4f}"
             for score in card.data.eval_results or []
         ]
-        base = card.data.get("base_model") or "-"
-        lines.append(
-            f"| [{path.stem}]({path.name}) | {base} | {removed[1] if removed else '-'} | {'; '.join(scores) or '-'} |"
-        )
-    head = "# Model cards\n\nCards of checkpoints that commands of this repository made and measured.\n"
-    write_whole(home / CARD_FILE, f"{_MARK}\n\n{head}\n" + "\n".join(lines) + "\n")
-    return home / CARD_FILE
+        return str(card.data.get("base_model") or "-"), removed[1] if removed else "-", "; ".join(scores) or "-"
+    except Exception:  # of a YAML parser that is not ours, over a card that someone wrote by hand; the others count
+        return "-", "-", "its metadata cannot be read"

@@ -1,5 +1,7 @@
 """How a card says to load a checkpoint: with the package, without it, and as a pipeline."""
 
+import json
+
 from .checkpoint import Checkpoint
 
 PIPELINE_TAGS = {
@@ -13,6 +15,7 @@ PIPELINE_TAGS = {
 }
 """Head -> the Hub's name of its task; the other heads have none."""
 
+_RERANKER = "CrossEncoder"
 _TEXTS = {
     "ForQuestionAnswering": '"Who wrote it?", "It was written by Ada."',
     "ForNextSentencePrediction": '"It was late.", "We went home."',
@@ -43,12 +46,33 @@ def usage(checkpoint: Checkpoint, name: str) -> str:
         ways = [_sentences(name), _with_package(checkpoint, name), _without_package(checkpoint, name)]
     else:
         ways = [_with_package(checkpoint, name), _without_package(checkpoint, name), _pipeline(checkpoint, name)]
+        if _kind(checkpoint) == _RERANKER:
+            ways.insert(0, _ranks(name))
     return "\n\n".join(way for way in ways if way)
 
 
 def is_sentence_transformer(checkpoint: Checkpoint) -> bool:
-    """Whether the folder is one that sentence-transformers loads."""
-    return (checkpoint.folder / "modules.json").is_file()
+    """Whether the folder is one that sentence-transformers loads as an embedding model."""
+    return (checkpoint.folder / "modules.json").is_file() and _kind(checkpoint) != _RERANKER
+
+
+def _kind(checkpoint: Checkpoint) -> str | None:
+    """What sentence-transformers takes the folder for; versions before 6 did not say it of an embedding model."""
+    try:
+        settings = json.loads((checkpoint.folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+        return str(settings["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _ranks(name: str) -> str:
+    code = _code(
+        "from sentence_transformers import CrossEncoder",
+        "",
+        f'model = CrossEncoder("{name}", trust_remote_code=True)',
+        'scores = model.predict([("A question?", "A passage.")])',
+    )
+    return f"As a reranker, with the dense model's function over the logits:\n\n{code}"
 
 
 def _sentences(name: str) -> str:

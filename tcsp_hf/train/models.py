@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from ..architectures import family_of
-from ..errors import TCSPError
-from ..loading import check_shards, load_model
+from ..errors import TCSPError, ends_a_command
+from ..loading import UNREADABLE, check_shards, load_model
 from ..tasks.table import CLASSIFICATION, SPANS, TEXT, Task
 
 _PRETRAINED = [("bert", head) for head in ("Model", "ForMaskedLM", "ForPreTraining", "ForNextSentencePrediction")]
@@ -73,7 +73,9 @@ def load_for_task(
             model = loader.from_pretrained(name, dtype="float32", **fields)
     except TCSPError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (*UNREADABLE, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and ends_a_command(error):
+            raise  # of memory, not of sizes
         raise TCSPError(f"The model {name!r} cannot be loaded: {error}") from error
     return model, chosen
 
