@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import blocks_of
 from ..calibration import Calibration
+from ..compression.least_squares import gram
 from .budget import cannot_reach, finished, parameters_to_remove, working_copy
 from .sample import real_rows, sample_batches
 
@@ -148,7 +149,7 @@ def _second_moments(model: PreTrainedModel, stats: Calibration, groups: list[_Gr
     def watch(index: int, stack: str) -> Any:
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             rows = real_rows(args[0], seen[0], stack).double()  # float32 sums can be indefinite by more than the ridge
-            sums[index] += rows.T @ rows
+            sums[index] += gram(rows)
             counts[index] += len(rows)
 
         return hook
