@@ -143,6 +143,12 @@ def test_command(tmp_path: Path) -> None:
         states = small(**make_tokenizer()(TEXTS, padding=True, return_tensors="pt")).last_hidden_state
     expected = torch.nn.functional.normalize(small.lift(states)[:, 0], dim=-1).numpy()
     assert np.abs(made.encode(TEXTS) - expected).max() <= 1e-5
+    stats = str(tmp_path / "stats")
+    read = ["calibrate", plain[1], "-o", stats, "--data", str(texts), "--pooling", "cls", "--quiet"]
+    assert CliRunner().invoke(app, read).exit_code == 0
+    by_stats = ["--stats", stats, "--hidden-size", "16", "--sentence-transformer"]
+    assert CliRunner().invoke(app, ["compress", plain[1], "-o", str(tmp_path / "from-stats"), *by_stats]).exit_code == 0
+    assert library.SentenceTransformer(str(tmp_path / "from-stats"), device="cpu")[1].pooling_mode == "cls"
     plain[3] = str(tmp_path / "from-pooler")
     result = CliRunner().invoke(app, [*plain, "--pooling", "pooler"])
     assert isinstance(result.exception, TCSPError) and "pooling is 'pooler'" in str(result.exception)

@@ -149,6 +149,9 @@ def compress_command(
                 "of its own: leave --pooling out."
             )
     found = None if stats is None else Calibration.load(stats)
+    if found is not None and found.objective.startswith("embedding-") and sentence_transformer and source is None:
+        pooling = pooling or found.objective.removeprefix("embedding-")  # written from where it was read
+        check_pooling(pooling, source)
     texts = load_data(data, split) if found is None else None
     dense = load_model(model, dtype, device, offload)
     if sentence_transformer:
