@@ -106,7 +106,8 @@ class TCSPPreTrainedMixin:
         if push:
             options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
             options.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            options |= {name: kwargs[name] for name in ("max_shard_size",) if name in kwargs}  # of both
+            if "max_shard_size" in kwargs:  # of both
+                options["max_shard_size"] = kwargs["max_shard_size"]
         super().save_pretrained(save_directory, *args, **kwargs)
         if args[0] if args else kwargs.get("is_main_process", True):
             self._save_code(save_directory)
