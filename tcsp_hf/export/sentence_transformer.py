@@ -186,8 +186,8 @@ def _lift(model: Any, copies: int, dense: Any) -> nn.Module:
 def reranker_settings(name: str) -> dict[str, str]:
     """What sentence-transformers 6 reads beside a reranker (file name -> text), so that a compressed one scores alike.
 
-    The files say which function follows the logits, and the prompts; before version 6 config.json said it. Empty for any
-    other model, and (with a warning) where they name code of somebody else's: loading a compressed model with
+    The files say which function follows the logits, and the prompts; before version 6 config.json said it. Empty for
+    any other model, and (with a warning) where they name code of somebody else's: loading a compressed model with
     `trust_remote_code=True` would trust that as well.
 
     Args:
