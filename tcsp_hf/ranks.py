@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from .errors import TCSPError
 
@@ -51,6 +52,17 @@ def on_first_rank(make: Callable[[], T]) -> T:
     if sent[1] is not None:
         raise TCSPError(f"Process 0 of {size} failed: {sent[1]}")
     return sent[0]
+
+
+def unwrap(trainer: Any) -> None:
+    """Let go of the `DistributedDataParallel` that a `Trainer` put around its model, so that the group can be left.
+
+    As the last owner of a group that is gone it would join the group's threads while it holds the interpreter, which
+    they may be waiting for: the process would never end.
+    """
+    if isinstance(trainer.model_wrapped, DistributedDataParallel):
+        trainer.model_wrapped = trainer.model
+        trainer.accelerator.free_memory()
 
 
 def _attempt(make: Callable[[], T]) -> tuple[T | None, str | None]:

@@ -429,6 +429,8 @@ if broken == 1:
     trainer.train_dataset[-40:] = [{{"input_ids": [10**6]}}] * 40
 trainer.calibrate()  # train() goes on from it, though the first process alone holds it
 trainer.train()
+import gc  # DDP that outlives its group can wait for ever when it goes
+assert not any(isinstance(one, torch.nn.parallel.DistributedDataParallel) for one in gc.get_objects())
 found = {{"weights": weights(trainer.model), "projection": trainer.model.config.projection}}
 torch.save(found, folder / f"{{rank}}.pt")
 torch.distributed.destroy_process_group()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from ..clock import NOTHING, Clock, Took
 from ..errors import TCSPError
+from ..ranks import unwrap
 from ..tasks.features import make_collator, make_features
 from ..tasks.inputs import input_length
 from ..tasks.table import Task, form_of
@@ -123,6 +124,7 @@ class TrainingResult:
         clock, steps = Clock(), _StepClock()
         trainer.add_callback(steps)
         found = trainer.train(**arguments)
+        unwrap(trainer)
         data: Any = trainer.train_dataset
         done = found.global_step
         return cls(clock.read(), steps.took, done, done - steps.before, len(data), found.training_loss)

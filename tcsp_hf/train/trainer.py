@@ -22,7 +22,7 @@ from ..compression.body import compress_body, has_body, new_head
 from ..compression.request import check_request
 from ..errors import TCSPError
 from ..loading import load_model
-from ..ranks import on_every_rank, on_first_rank, rank_and_size
+from ..ranks import on_every_rank, on_first_rank, rank_and_size, unwrap
 from .arguments import TCSPTrainingArguments
 from .checkpoint import Record, check_resumable, checkpoint_to_resume, load_targets, save_targets
 from .distillation import Distiller, Silenced
@@ -139,10 +139,10 @@ class _CompressingTrainer(Trainer):
         try:
             if self.model_init is None:
                 self._take(self._start(self.model))
-            return super().train(
-                None if self._checkpoint is None else str(self._checkpoint), trial, ignore_keys_for_eval
-            )
+            checkpoint = None if self._checkpoint is None else str(self._checkpoint)
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
         finally:
+            unwrap(self)
             self._starting = False
             if self._silenced is not None:
                 self._silenced.restore()
