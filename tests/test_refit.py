@@ -15,10 +15,10 @@ from tcsp_hf.compression import latency, removed_fraction
 from tcsp_hf.compression.curves import CurveMeasure
 from tcsp_hf.compression.filters import drop_inputs
 from tcsp_hf.compression.heads import score_factors, score_moments, value_factors
-from tcsp_hf.compression.least_squares import NormalEquations, Segments, gram, ridge, solve
+from tcsp_hf.compression.least_squares import NormalEquations, Segments, add_gram, mirror, ridge, solve
 from tcsp_hf.compression.metrics import IDLE_WEIGHT, Metrics
 from tcsp_hf.compression.replay import Replay
-from tcsp_hf.compression.streams import PackedSample, Stream
+from tcsp_hf.compression.streams import PackedSample, Stream, padded_batches
 
 BERT = find("bert-ForSequenceClassification")
 T5 = find("t5-ForConditionalGeneration")
@@ -54,7 +54,10 @@ def test_normal_equations_equal_the_sums_whatever_the_batches() -> None:
 
 def test_gram_by_panels() -> None:
     rows = torch.randn(50, 900, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(gram(rows), rows.T @ rows, rtol=1e-4, atol=1e-3)
+    total = torch.eye(900, dtype=torch.float64)
+    for part in rows.split(20):
+        add_gram(total, part)
+    torch.testing.assert_close(mirror(total), torch.eye(900) + rows.T @ rows, rtol=1e-4, atol=1e-3, check_dtype=False)
 
 
 def test_solve_is_weighted_least_squares_for_a_small_penalty_and_the_prior_for_a_large_one() -> None:
@@ -256,6 +259,29 @@ def test_a_search_serves_every_budget(case: Case, monkeypatch: pytest.MonkeyPatc
     assert len(runs) == 3 and search.seconds > 0.0
     compress(dense, stats, remove=0.2, search=search, axes=("filters",))
     assert len(runs) == 4
+
+
+@pytest.mark.parametrize("case", [BERT, T5], ids=str)
+def test_a_search_block_by_block_is_a_search_of_all_blocks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room for all blocks' sums, the next ones start where the last ones ended."""
+    dense = make_dense(case, torch.float32, **{"bert": {"num_hidden_layers": 4}, "t5": {"num_layers": 4}}[case.family])
+    stats = calibrated(case, dense, sample_tokens=65_536)
+    first = next(block for block in blocks_of(dense) if block.attends)
+    runs: list[Any] = []
+    handle = first.output.register_forward_hook(lambda *_: runs.append(None))
+
+    def made() -> tuple[dict[str, torch.Tensor], int]:
+        runs.clear()
+        return compress(dense, stats, remove=0.3).state_dict(), len(runs)
+
+    monkeypatch.setattr(NormalEquations, "room", staticmethod(lambda entries: 0))
+    whole, once = made()
+    monkeypatch.setattr(NormalEquations, "room", staticmethod(lambda entries: 2**60))
+    parts, again = made()
+    handle.remove()
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items()) and len(whole) == len(parts)
+    # every other block would make it run six times more
+    assert once < again <= once + 2 * len(padded_batches(stats.sample.sequences(), dense.device))
 
 
 @pytest.mark.parametrize("case", [BERT, T5], ids=str)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import blocks_of
 from ..calibration import Calibration
-from ..compression.least_squares import gram
+from ..compression.least_squares import add_gram, mirror
 from .budget import cannot_reach, finished, parameters_to_remove, working_copy
 from .sample import real_rows, sample_batches
 
@@ -149,7 +149,7 @@ def _second_moments(model: PreTrainedModel, stats: Calibration, groups: list[_Gr
     def watch(index: int, stack: str) -> Any:
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             rows = real_rows(args[0], seen[0], stack).double()  # float32 sums can be indefinite by more than the ridge
-            sums[index] += gram(rows)
+            add_gram(sums[index], rows)
             counts[index] += len(rows)
 
         return hook
@@ -162,4 +162,4 @@ def _second_moments(model: PreTrainedModel, stats: Calibration, groups: list[_Gr
     finally:
         for handle in handles:
             handle.remove()
-    return [total / max(1, count) for total, count in zip(sums, counts, strict=True)]
+    return [mirror(total) / max(1, count) for total, count in zip(sums, counts, strict=True)]

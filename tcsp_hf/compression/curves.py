@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from .least_squares import HELD_OUT_EVERY, NormalEquations, damped_inverse, solv
 from .memory import give_back
 from .metrics import Metrics
 from .plan import Costs, LossCurves, filter_step
-from .replay import Replay
+from .replay import Layers, Replay
 from .streams import padded_batches
 from .subspace import Spectrum
 
@@ -96,6 +97,8 @@ class CurveMeasure:
     def run(self, progress: bool | None = None) -> LossCurves:
         with torch.no_grad(), _eager(self.dense):
             self.replay = Replay(self.dense, self.probe)
+            self.layers = Layers(self.dense)
+            self.known: list[dict[int, Any]] = [{} for _ in self.batches]
             curves = LossCurves()
             for members, spectrum in zip(self.groups, self.spectra, strict=True):
                 curves.hidden.append(self._hidden_curve(members, spectrum))
@@ -103,8 +106,8 @@ class CurveMeasure:
                 total=len(self.blocks), unit="block", desc="search", disable=None if progress is None else not progress
             )
             with bar:
-                for chosen in self._portions():
-                    records = self._record(chosen)
+                for chosen, following in pairwise([*self._portions(), []]):
+                    records = self._record(chosen, following)
                     for block in chosen:
                         self._block_curves(block, records.pop(block.writes, None), curves)
                         give_back(8 * self._inputs(block) ** 2)
@@ -179,7 +182,7 @@ class CurveMeasure:
     def _portions(self) -> Iterator[list[Block]]:
         """Blocks whose normal equations, and the rows that wait for them, fit into the memory of the dense model's own
         weights."""
-        wanted = [b for b in self.blocks if ("heads" if b.attends else "filters") in self.axes]
+        wanted = [b for b in self.blocks if self._is_measured(b)]
         rest = [b for b in self.blocks if b not in wanted]
         room = sum(p.numel() for p in self.dense.parameters()) * 4
         if is_offloaded(self.dense):
@@ -202,8 +205,17 @@ class CurveMeasure:
         """Regressors of a block's output: its activations and, in a BERT, the stream and a constant."""
         return block.output.in_features + (self.costs.full + 1 if self.family == "bert" else 0)
 
-    def _record(self, blocks: list[Block]) -> dict[str, _Record]:
-        measured = [b for b in blocks if ("heads" if b.attends else "filters") in self.axes]
+    def _is_measured(self, block: Block) -> bool:
+        return ("heads" if block.attends else "filters") in self.axes
+
+    def _first_layer(self, blocks: list[Block]) -> int:
+        """The first layer that must run for the modules that `_record` watches."""
+        watched = [(self.norms[b.reads].norm, self.norms[b.writes].norm, b.output, *b.inner) for b in blocks]
+        return self.layers.first_of(module for modules in watched for module in modules)
+
+    def _record(self, blocks: list[Block], following: list[Block]) -> dict[str, _Record]:
+        """Sums of these blocks; what the layers before the following ones return is kept for them."""
+        measured = [b for b in blocks if self._is_measured(b)]
         records: dict[str, _Record] = {}
         if not measured:
             return records
@@ -225,8 +237,8 @@ class CurveMeasure:
         def keep_stream(name: str, module: Any, args: Any, output: torch.Tensor) -> None:
             seen[name] = self.norms[name].normalise(args[0].float())
 
-        def stop(module: Any, args: Any) -> None:
-            raise _Enough  # hooks run in the order of their registration: the scale was recorded before
+        def stop(*_: Any) -> None:
+            raise _Enough  # hooks run in the order of their registration: what is wanted was recorded before
 
         with ExitStack() as stack:
             for block in measured:
@@ -239,12 +251,21 @@ class CurveMeasure:
                         hook = partial(keep_output, (block.writes, key))
                         stack.callback(module.register_forward_hook(hook).remove)
             scales = stack.enter_context(self.metrics.recording([block.writes for block in measured]))
+            first = self._first_layer(measured)
+            later = [b for b in following if self._is_measured(b)]
+            kept = self.layers.before(self._first_layer(later)) if later else []
+            outputs = stack.enter_context(self.layers.keeping(kept))
             last = self.norms[measured[-1].writes].norm
-            stack.callback(last.register_forward_pre_hook(stop).remove)
-            for batch in self.batches:
+            if kept and kept[-1] >= self.layers.first_of([last]):
+                stack.callback(self.layers[kept[-1]].register_forward_hook(stop).remove)
+            else:
+                stack.callback(last.register_forward_pre_hook(stop).remove)
+            for i, batch in enumerate(self.batches):
                 seen.clear()
-                with suppress(_Enough):
+                outputs.clear()
+                with self.layers.starting_at(first, self.known[i]), suppress(_Enough):
                     self.dense(**model_inputs(self.dense, batch))
+                self.known[i] = {layer: outputs.get(layer, self.known[i].get(layer)) for layer in kept}
                 for block in measured:
                     self._add(block, records[block.writes], seen, scales[block.writes], batch)
         return records
@@ -373,14 +394,10 @@ class CurveMeasure:
 
         def alter(kept: int, stack: ExitStack) -> None:
             rest = torch.eye(moments.shape[0] - heads * size, dtype=torch.float64, device=self.device)
-            turn = torch.block_diag(*(t[:kept] for t in turns), rest)
-            again = solve(
-                turn @ moments @ turn.T,
-                turn @ moments @ whole.T,
-                torch.linalg.pinv(turn).T @ whole.T,
-                1e-4,
-                self.family == "bert",
-            )
+            factors = torch.stack([turn[:kept] for turn in turns])
+            turn, back = (torch.block_diag(*f, rest) for f in (factors, torch.linalg.pinv(factors).mT))
+            turned = turn @ moments
+            again = solve(turned @ turn.T, turned @ whole.T, back @ whole.T, 1e-4, self.family == "bert")
             self._replace(block, again.T @ turn - whole, stack)
 
         return self._scaled(per_sequence * curve.numpy(), [max(1, size // 2)], alter, self._changed(block))

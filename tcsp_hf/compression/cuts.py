@@ -46,7 +46,8 @@ def cut_values(
         others_count = equations.inputs - keep * head_size
         rest = torch.eye(others_count, dtype=torch.float64, device=prior.device)
         equations = equations.transform(torch.block_diag(turn, rest))
-        prior = torch.cat([torch.linalg.pinv(turn).T @ prior[: keep * head_size], prior[keep * head_size :]])
+        back = torch.block_diag(*torch.linalg.pinv(factors).mT)
+        prior = torch.cat([back @ prior[: keep * head_size], prior[keep * head_size :]])
         select = turn @ select
     return (equations, prior), select, kept
 

@@ -23,17 +23,19 @@ _BLOCK = 2048
 _LEAST_ALONE = 0.1  # tokens count alone as well, however much they agree
 
 
-def gram(rows: torch.Tensor) -> torch.Tensor:
-    """rows' rows (p, p) of rows (n, p), computing the upper panels only."""
-    size = rows.shape[1]
-    if size <= _PANEL:
-        return rows.T @ rows
-    product = rows.new_empty(size, size)
-    for start in range(0, size, _PANEL):
-        stop = min(start + _PANEL, size)
-        product[start:stop, start:] = rows[:, start:stop].T @ rows[:, start:]
-        product[stop:, start:stop] = product[start:stop, stop:].T
-    return product
+def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add rows' rows to `total` (p, p) float64, rows (n, p): panels on and above the diagonal only."""
+    for start in range(0, rows.shape[1], _PANEL):
+        stop = start + _PANEL
+        total[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
+
+
+def mirror(total: torch.Tensor) -> torch.Tensor:
+    """Complete in place what `add_gram` summed."""
+    for start in range(0, total.shape[0], _PANEL):
+        stop = start + _PANEL
+        total[stop:, start:stop] = total[start:stop, stop:].T
+    return total
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,18 @@ class Segments:
         scale = (total.repeat_interleave(counts) / sizes).sqrt()
         return cls(ids.to(device), scale.float().to(device))
 
+    def blended(self, rows: torch.Tensor, coherence: float) -> torch.Tensor:
+        """Rows (tokens, p) whose sum of squares is that of the rows, weighed by 1 - c, and of the pieces' sums, by c.
+
+        `a² I + c s² 11'` over the m tokens of a piece has the square root `a I + b 11'`, so that no row is added:
+        every row gets b times its piece's sum.
+        """
+        alone = max(1.0 - coherence, _LEAST_ALONE)
+        counts = torch.bincount(self.ids, minlength=len(self.scale)).clamp(min=1)
+        shared = ((alone + coherence * self.scale.square() * counts).sqrt() - alone**0.5) / counts
+        sums = rows.new_zeros(len(self.scale), rows.shape[1]).index_add_(0, self.ids, rows)
+        return (sums.mul_(shared.to(rows).unsqueeze(1)))[self.ids].add_(rows, alpha=alone**0.5)
+
 
 class NormalEquations:
     """Sums `H = sum w x x'` and `C = sum w x t'` for x = [u, 1] (or u alone), in two folds (fit, held out) or in one.
@@ -78,6 +92,7 @@ class NormalEquations:
         self.tokens = 0
         self._moments = moments
         self._cross = cross
+        self._mirrored = True
         # small batches wait until they make a block: one float64 addition for many
         self._waiting: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in moments]
 
@@ -119,15 +134,7 @@ class NormalEquations:
         block = torch.cat([*parts, *constant], dim=1).mul_(root)
         wanted = targets * root
         if segments is not None and coherence > 0.0:
-            pieces = len(segments.scale)
-            scale = (segments.scale * coherence**0.5).unsqueeze(1)
-            both = [rows.new_zeros(pieces, rows.shape[1]).index_add_(0, segments.ids, rows) for rows in (block, wanted)]
-            # all tokens of a piece are of one sequence, so of one fold
-            folds = torch.zeros(pieces, dtype=torch.bool, device=held_out.device)
-            folds[segments.ids] = held_out
-            self._wait(both[0].mul_(scale), both[1].mul_(scale), folds)
-            alone = max(1.0 - coherence, _LEAST_ALONE) ** 0.5
-            block, wanted = block.mul_(alone), wanted.mul_(alone)
+            block, wanted = segments.blended(block, coherence), segments.blended(wanted, coherence)
         self._wait(block, wanted, held_out)
 
     def _wait(self, block: torch.Tensor, wanted: torch.Tensor, held_out: torch.Tensor) -> None:
@@ -145,8 +152,9 @@ class NormalEquations:
             waiting, self._waiting[fold] = self._waiting[fold], []
             block, wanted = (torch.cat(rows) if len(rows) > 1 else rows[0] for rows in zip(*waiting, strict=True))
             del waiting
-            self._moments[fold] += gram(block)
+            add_gram(self._moments[fold], block)
             self._cross[fold] += block.T @ wanted
+            self._mirrored = False
 
     def _flush_all(self) -> None:
         for fold in range(len(self._waiting)):
@@ -155,6 +163,10 @@ class NormalEquations:
     @property
     def moments(self) -> torch.Tensor:
         self._flush_all()
+        if not self._mirrored:
+            for total in self._moments:
+                mirror(total)
+            self._mirrored = True
         return self._moments
 
     @property
@@ -191,6 +203,11 @@ def solve(
     moments: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor, strength: float, bias: bool = True
 ) -> torch.Tensor:
     """Ridge solution (entries of x, outputs) around `prior`; with `bias` the last entry is hardly shrunk."""
+    return prior + _shrunk(moments, cross - moments @ prior, strength, bias)
+
+
+def _shrunk(moments: torch.Tensor, residual: torch.Tensor, strength: float, bias: bool) -> torch.Tensor:
+    """What is added to the prior, from what it leaves of the cross moments (entries of x, outputs)."""
     diagonal = moments.diagonal()
     penalty = diagonal.clamp(min=1e-8 * float(diagonal.mean())) * strength
     if bias:
@@ -198,7 +215,7 @@ def solve(
     for _ in range(8):
         factor, failed = _factor(moments, penalty)
         if not int(failed):
-            return prior + torch.cholesky_solve(cross - moments @ prior, factor)
+            return torch.cholesky_solve(residual, factor)
         penalty = penalty * 100.0  # rank-deficient to rounding: shrink harder
     raise TCSPError("The refit's normal equations are not finite: use refit=False, or check the weights.")
 
@@ -224,29 +241,41 @@ def ridge(
     equations: NormalEquations,
     prior: torch.Tensor,
     metric: torch.Tensor | None = None,
-    strengths: Sequence[float] = LAMBDAS,
 ) -> torch.Tensor:
     """Ridge solution with the strength that predicts the held-out sequences best.
+
+    The search goes through `LAMBDAS` from strong to weak and stops at the first that is worse. With fewer than two
+    tokens for an input only the strong ones are tried: held-out tokens are few then, too.
 
     Args:
         prior: X0 (entries of x, outputs) float64.
         metric: (outputs, outputs) weight of the residual, for choosing the strength; identity when None.
-        strengths: lambdas from strong to weak; the search stops at the first that is worse. With fewer than two
-            tokens for an input only the strong ones are tried: held-out tokens are few then, too.
     """
-    if equations.tokens < FEW_TOKENS * equations.inputs:
-        strengths = [strength for strength in strengths if strength >= _STRONG] or strengths
+    few = equations.tokens < FEW_TOKENS * equations.inputs
+    strengths = [strength for strength in LAMBDAS if strength >= _STRONG or not few]
     give_back(equations.moments.nbytes)  # what the batches left, before copies are made of the sums
-    best: tuple[float, float] | None = None
     if any(float(fold.trace()) <= 0.0 for fold in equations.moments):
-        best = (0.0, strengths[0])  # nothing is held out, or everything: stay close to the prior
+        best = strengths[0]  # nothing is held out, or everything: stay close to the prior
     else:
-        for strength in strengths:
-            found = solve(equations.moments[0], equations.cross[0], prior, strength, equations.bias)
-            weighed = found if metric is None else found @ metric
-            error = float(((equations.moments[1] @ found - 2.0 * equations.cross[1]) * weighed).sum())
-            if best is not None and error >= best[0]:
-                break
-            best = (error, strength)
-    assert best is not None
-    return solve(*equations.total, prior, best[1], equations.bias)
+        best = _best_strength(equations, prior, metric, strengths)
+    return solve(*equations.total, prior, best, equations.bias)
+
+
+def _best_strength(
+    equations: NormalEquations, prior: torch.Tensor, metric: torch.Tensor | None, strengths: Sequence[float]
+) -> float:
+    (moments, held_out), (cross, held_out_cross) = equations.moments, equations.cross
+    residual = cross - moments @ prior
+
+    def error(strength: float) -> float:
+        found = _shrunk(moments, residual, strength, equations.bias).add_(prior)
+        weighed = found if metric is None else found @ metric
+        return float((torch.addmm(held_out_cross, held_out, found, beta=-2.0) * weighed).sum())
+
+    best, least = strengths[0], error(strengths[0])
+    for strength in strengths[1:]:
+        found = error(strength)
+        if found >= least:
+            break
+        best, least = strength, found
+    return best

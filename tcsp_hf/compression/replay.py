@@ -1,7 +1,8 @@
 """Forward passes of a changed dense model that start at the first layer that changed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,71 @@ from ..architectures import family_of
 from ..calibration.divergence import model_inputs
 from ..calibration.inputs import Batch
 from ..offload import put_forward_back
+
+
+class Layers:
+    """The layers of a model, its encoder's before its decoder's."""
+
+    def __init__(self, dense: PreTrainedModel) -> None:
+        family, _ = family_of(dense)
+        base: Any = dense.base_model
+        stacks = [getattr(base, name) for name in ("encoder", "decoder") if hasattr(base, name)]
+        groups = [list(stack.layer if family == "bert" else stack.block) for stack in stacks]
+        self._layers: list[Any] = [layer for group in groups for layer in group]
+        self._ends = list(accumulate(len(group) for group in groups))
+        self._position = {module: i for i, layer in enumerate(self._layers) for module in layer.modules()}
+        if family == "t5":  # the last norm of a stack comes behind its layers
+            self._position |= {stack.final_layer_norm: end for stack, end in zip(stacks, self._ends, strict=True)}
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, i: int) -> nn.Module:
+        return self._layers[i]
+
+    def first_of(self, modules: Iterable[nn.Module]) -> int:
+        """Index of the first layer that must run for these to; 0 also for what stands before all layers."""
+        return min(self._position.get(module, 0) for module in modules)
+
+    def before(self, first: int) -> list[int]:
+        """The layers whose outputs are all that layer `first` and those behind it need: the last of every stack."""
+        return [end - 1 for end in self._ends if end < first] + ([first - 1] if first else [])
+
+    @contextmanager
+    def keeping(self, indices: Iterable[int]) -> Iterator[dict[int, Any]]:
+        """Within, a forward pass leaves here what these layers return."""
+        outputs: dict[int, Any] = {}
+
+        def keep(i: int) -> Any:
+            def hook(_module: Any, _args: Any, output: Any) -> None:
+                outputs[i] = output
+
+            return hook
+
+        handles = [self._layers[i].register_forward_hook(keep(i)) for i in indices]
+        try:
+            yield outputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def starting_at(self, first: int, outputs: dict[int, Any]) -> Iterator[None]:
+        """Within, layers before `first` return what is known instead of working."""
+
+        def returning(output: Any) -> Any:
+            return lambda *_args, **_kwargs: output
+
+        skipped = self._layers[:first]
+        own = [vars(layer).get("forward") for layer in skipped]
+        needed = self.before(first)
+        try:
+            for i, layer in enumerate(skipped):
+                layer.forward = returning(outputs[next(last for last in needed if last >= i)])
+            yield
+        finally:
+            for layer, forward in zip(skipped, own, strict=True):
+                put_forward_back(layer, forward)
 
 
 class Replay:
@@ -23,55 +89,19 @@ class Replay:
     def __init__(self, dense: PreTrainedModel, batches: Sequence[Batch]) -> None:
         """Run every batch once; the outputs of every layer are kept (on the model's device)."""
         self.dense, self.batches = dense, batches
-        family, _ = family_of(dense)
-        base: Any = dense.base_model
-        stacks = [getattr(base, name) for name in ("encoder", "decoder") if hasattr(base, name)]
-        self._layers: list[Any] = [layer for s in stacks for layer in (s.layer if family == "bert" else s.block)]
-        self._position = {module: i for i, layer in enumerate(self._layers) for module in layer.modules()}
-        if family == "t5":  # the last norm of a stack comes behind its layers
-            ends = [sum(len(stack.block) for stack in stacks[: i + 1]) for i in range(len(stacks))]
-            self._position |= {stack.final_layer_norm: end for stack, end in zip(stacks, ends, strict=True)}
-        self._outputs: list[list[Any]] = []
+        self._layers = Layers(dense)
+        self._outputs: list[dict[int, Any]] = []
         self.expected = [self._record(batch) for batch in batches]
 
     def _record(self, batch: Batch) -> Any:
-        outputs: list[Any] = [None] * len(self._layers)
-
-        def keep(i: int) -> Any:
-            def hook(_module: Any, _args: Any, output: Any) -> None:
-                outputs[i] = output
-
-            return hook
-
-        handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(self._layers)]
-        try:
-            return self.dense(**model_inputs(self.dense, batch), return_dict=True)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with self._layers.keeping(range(len(self._layers))) as outputs:
             self._outputs.append(outputs)
+            return self.dense(**model_inputs(self.dense, batch), return_dict=True)
 
     def outputs(self, changed: Sequence[nn.Module]) -> Iterator[Any]:
         """The model's outputs on every batch, where nothing before these modules changed."""
-        first = min(self._position.get(module, 0) for module in changed)
+        first = self._layers.first_of(changed)
         for batch, known in zip(self.batches, self._outputs, strict=True):
-            with _replaced(self._layers[:first], known):
+            with self._layers.starting_at(first, known):
                 found = self.dense(**model_inputs(self.dense, batch), return_dict=True)
             yield found
-
-
-@contextmanager
-def _replaced(layers: Sequence[Any], outputs: Sequence[Any]) -> Iterator[None]:
-    """Within, these layers return what is given instead of working."""
-
-    def returning(output: Any) -> Any:
-        return lambda *_args, **_kwargs: output
-
-    before = [vars(layer).get("forward") for layer in layers]
-    try:
-        for layer, output in zip(layers, outputs, strict=False):
-            layer.forward = returning(output)
-        yield
-    finally:
-        for layer, own in zip(layers, before, strict=True):
-            put_forward_back(layer, own)
