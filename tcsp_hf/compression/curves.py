@@ -4,7 +4,8 @@ The loss is the second-order (Fisher) estimate of the KL divergence to the dense
 g'δ)²]`. What a part loses when it is cut alone, with its block's output linear solved again, comes from normal
 equations on the dense model's own activations (`g` enters through Gamma and its coherence over a sequence). Then the
 part is really cut in the dense model, on held-out sequences, and the curve is scaled to what that costs:
-errors that add up over tokens, or that the estimate cannot see, are counted as they are.
+errors that add up over tokens, or that the estimate cannot see, are counted as they are. Of a deep model's like parts
+only some are cut; those between them take their neighbours' scale.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,7 @@ _PROBE_SEQUENCES = 64
 _PROBE_TOKENS = 1024
 _PROBE_BATCH = 512  # small batches of like lengths: there are few sequences, and padding would be most of it
 _SCALE_LIMIT = 100.0
+_CHECKED = 6  # of the like curves of a deep model; the others' scale is taken from their neighbours
 _OFFLOADED_SHARE = 4
 
 
@@ -54,6 +56,44 @@ class _Record:
     scores: list[torch.Tensor]
     tokens: int = 0
     weight: float = 0.0
+
+
+@dataclass
+class _Curve:
+    """A predicted curve, and what cutting the dense model to some sizes really lost over what it predicts.
+
+    Attributes:
+        kind: curves of one kind can lend each other their scale.
+        place, of: its place among those of its kind, in the order of the forward pass, and how many they are.
+        scales: logarithms by size, where they were measured; None for a curve that was not checked.
+    """
+
+    kind: str
+    place: int
+    of: int
+    values: np.ndarray
+    scales: dict[int, float] | None = None
+
+    def scaled(self) -> np.ndarray:
+        """The curve times its scale at the measured sizes and between; never falling as the size does."""
+        if not self.scales:
+            return self.values
+        sizes = sorted(self.scales)
+        factor = np.exp(np.interp(np.arange(len(self.values)), sizes, [self.scales[size] for size in sizes]))
+        return np.maximum.accumulate((self.values * factor)[::-1])[::-1].copy()
+
+
+def _finished(curves: Sequence[_Curve]) -> list[np.ndarray]:
+    """The scaled curves; those that were not checked have the scale between their neighbours' of the same kind."""
+    measured = [(curve.kind, curve.place, curve.scales) for curve in curves if curve.scales is not None]
+    for curve in curves:
+        if curve.scales is None:
+            like = [(place, scales) for kind, place, scales in measured if kind == curve.kind]
+            curve.scales = {}
+            for size in {size for _, scales in like for size in scales}:
+                known = {place: scales[size] for place, scales in like if size in scales}
+                curve.scales[size] = float(np.interp(curve.place, list(known), list(known.values())))
+    return [curve.scaled() for curve in curves]
 
 
 class _Enough(Exception):
@@ -99,9 +139,9 @@ class CurveMeasure:
             self.replay = Replay(self.dense, self.probe)
             self.layers = Layers(self.dense)
             self.known: list[dict[int, Any]] = [{} for _ in self.batches]
-            curves = LossCurves()
-            for members, spectrum in zip(self.groups, self.spectra, strict=True):
-                curves.hidden.append(self._hidden_curve(members, spectrum))
+            curves: dict[str, list[_Curve]] = {part: [] for part in ("hidden", "filters", "heads", "qk", "vo")}
+            for i in range(len(self.groups)):
+                curves["hidden"].append(self._hidden_curve(i))
             bar = tqdm(
                 total=len(self.blocks), unit="block", desc="search", disable=None if progress is None else not progress
             )
@@ -109,10 +149,11 @@ class CurveMeasure:
                 for chosen, following in pairwise([*self._portions(), []]):
                     records = self._record(chosen, following)
                     for block in chosen:
-                        self._block_curves(block, records.pop(block.writes, None), curves)
+                        for part, curve in self._block_curves(block, records.pop(block.writes, None)).items():
+                            curves[part].append(curve)
                         give_back(8 * self._inputs(block) ** 2)
                         bar.update(1)
-        return curves
+        return LossCurves(**{part: _finished(found) for part, found in curves.items()})
 
     def _loss(self, alter: Callable[[ExitStack], None], changed: Sequence[nn.Module]) -> float:
         """Mean divergence of the dense model with these modules changed, nats per sequence."""
@@ -124,36 +165,39 @@ class CurveMeasure:
                 total += float(divergence(self.dense, self.objective, batch, expected, found))
         return total / self.sequences
 
-    def _scaled(
+    def _checked(
         self,
-        curve: np.ndarray,
+        curve: _Curve,
         sizes: Sequence[int],
         alter: Callable[[int, ExitStack], None],
         changed: Sequence[nn.Module],
         power: float = 1.0,
-    ) -> np.ndarray:
-        """The curve times what the loss really is over what it predicts, at these sizes and between, to a power."""
-        points: list[tuple[int, float]] = []
+    ) -> _Curve:
+        """The curve with its scale, to a power, measured at these sizes where its turn is to be checked."""
+        if curve.place not in {round(place) for place in np.linspace(0, curve.of - 1, min(curve.of, _CHECKED))}:
+            return curve
+        curve.scales = {}
         for size in sizes:
-            predicted = float(curve[size])
+            predicted = float(curve.values[size])
             measured = self._loss(partial(alter, size), changed)
             if predicted > 0.0 and np.isfinite(measured) and measured > 0.0:
-                points.append((size, np.log(np.clip(measured / predicted, 1 / _SCALE_LIMIT, _SCALE_LIMIT))))
-        if not points:
-            return curve
-        points.sort()
-        known = [size for size, _ in points], [power * scale for _, scale in points]
-        factor = np.exp(np.interp(np.arange(len(curve)), *known))
-        return np.maximum.accumulate((curve * factor)[::-1])[::-1].copy()
+                scale = np.log(np.clip(measured / predicted, 1 / _SCALE_LIMIT, _SCALE_LIMIT))
+                curve.scales[size] = power * float(scale)
+        return curve
 
     # --- widths ------------------------------------------------------------------------------------------------
 
-    def _hidden_curve(self, members: list[str], spectrum: Spectrum) -> np.ndarray:
+    def _hidden_curve(self, group: int) -> _Curve:
+        members, spectrum = self.groups[group], self.spectra[group]
         tail = spectrum.values.flip(0).cumsum(0).flip(0)
         values = torch.cat([tail, tail.new_zeros(1)]).numpy()
         scale = sum(0.5 * self.lengths[self.norms[name].stack] * self.metrics.unit(name) for name in members)
-        curve = scale * values
+        writer = next((block for block in self.blocks if [block.writes] == members), None)
+        curve = (
+            _Curve(f"group {group}", 0, 1, scale * values) if writer is None else self._curve(writer, scale * values)
+        )
         if "hidden" not in self.axes:
+            curve.scales = {}
             return curve
         full = self.costs.full
 
@@ -175,7 +219,9 @@ class CurveMeasure:
 
         sizes = [max(1, full // 2)]
         norms = [self.norms[name].norm for name in members]
-        return _HIDDEN_REPAIR * self._scaled(curve, sizes, alter, norms, _HIDDEN_POWER)
+        curve = self._checked(curve, sizes, alter, norms, _HIDDEN_POWER)
+        curve.values = _HIDDEN_REPAIR * curve.values
+        return curve
 
     # --- blocks ------------------------------------------------------------------------------------------------
 
@@ -307,26 +353,29 @@ class CurveMeasure:
         whole = torch.cat([weight, residual, nothing], dim=1)
         return whole - whole.mean(0)
 
-    def _block_curves(self, block: Block, record: _Record | None, curves: LossCurves) -> None:
+    def _curve(self, block: Block, values: np.ndarray, scales: dict[int, float] | None = None) -> _Curve:
+        """A curve of this block, to be checked unless its scales are given."""
+        of = sum((other.stack, other.kind) == (block.stack, block.kind) for other in self.blocks)
+        return _Curve(f"{block.stack} {block.kind}", block.layer, of, values, scales)
+
+    def _block_curves(self, block: Block, record: _Record | None) -> dict[str, _Curve]:
+        """By the list of `LossCurves`."""
         if record is None:
-            if block.attends:
-                curves.heads.append(np.zeros(self.costs.heads + 1))
-                curves.qk.append(np.zeros(self.costs.head_size + 1))
-                curves.vo.append(np.zeros(self.costs.head_size + 1))
-            else:
-                curves.filters.append(np.zeros(self.costs.neurons + 1))
-            return
+            parts = {"heads": self.costs.heads, "qk": self.costs.head_size, "vo": self.costs.head_size}
+            parts = parts if block.attends else {"filters": self.costs.neurons}
+            return {part: self._curve(block, np.zeros(size + 1), {}) for part, size in parts.items()}
         per_sequence = 0.5 * self.lengths[block.stack]
         moments = record.equations.total[0].div_(max(1e-9, record.weight))
         whole = self._solution(block)
         weighed = self.metrics.root(block.writes) @ whole
         if not block.attends:
-            curves.filters.append(self._filter_curve(block, moments, whole, weighed, per_sequence))
-            return
+            return {"filters": self._filter_curve(block, moments, whole, weighed, per_sequence)}
         scores = [moment / max(1, record.tokens) for moment in record.scores]
-        curves.qk.append(self._score_curve(block, scores, per_sequence))
-        curves.vo.append(self._value_curve(block, moments, whole, weighed, per_sequence))
-        curves.heads.append(self._head_curve(block, moments, whole, weighed, per_sequence))
+        return {
+            "qk": self._score_curve(block, scores, per_sequence),
+            "vo": self._value_curve(block, moments, whole, weighed, per_sequence),
+            "heads": self._head_curve(block, moments, whole, weighed, per_sequence),
+        }
 
     def _replace(self, block: Block, change: torch.Tensor, stack: ExitStack) -> None:
         """Add to the block's output what `change` (D, inputs) makes of its regressors."""
@@ -362,7 +411,7 @@ class CurveMeasure:
 
     def _filter_curve(
         self, block: Block, moments: torch.Tensor, whole: torch.Tensor, weighed: torch.Tensor, per_sequence: float
-    ) -> np.ndarray:
+    ) -> _Curve:
         neurons = self.costs.neurons
         step = filter_step(neurons)
         _, points, order = drop_inputs(moments, weighed, neurons, step, 2 * step)
@@ -374,11 +423,12 @@ class CurveMeasure:
             gone[order[: neurons - size]] = True
             self._replace(block, self._without(moments, whole, gone), stack)
 
-        return self._scaled(curve, [max(1, neurons // 8), max(1, neurons // 2)], alter, self._changed(block))
+        sizes = [max(1, neurons // 8), max(1, neurons // 2)]
+        return self._checked(self._curve(block, curve), sizes, alter, self._changed(block))
 
     def _value_curve(
         self, block: Block, moments: torch.Tensor, whole: torch.Tensor, weighed: torch.Tensor, per_sequence: float
-    ) -> np.ndarray:
+    ) -> _Curve:
         size, heads = self.costs.head_size, self.costs.heads
         diagonal = moments.diagonal()
         inverse = damped_inverse(moments, 1e-4 * diagonal.clamp(min=1e-8 * float(diagonal.mean())))
@@ -400,14 +450,15 @@ class CurveMeasure:
             again = solve(turned @ turn.T, turned @ whole.T, back @ whole.T, 1e-4, self.family == "bert")
             self._replace(block, again.T @ turn - whole, stack)
 
-        return self._scaled(per_sequence * curve.numpy(), [max(1, size // 2)], alter, self._changed(block))
+        found = self._curve(block, per_sequence * curve.numpy())
+        return self._checked(found, [max(1, size // 2)], alter, self._changed(block))
 
     def _head_curve(
         self, block: Block, moments: torch.Tensor, whole: torch.Tensor, weighed: torch.Tensor, per_sequence: float
-    ) -> np.ndarray:
+    ) -> _Curve:
         size, heads = self.costs.head_size, self.costs.heads
         if heads == 1:
-            return np.zeros(2)
+            return self._curve(block, np.zeros(2), {})
         _, losses, order = drop_heads(moments, weighed, heads, size, 1)
         curve = per_sequence * np.array([2.0 * losses[-1], *losses[::-1]])
 
@@ -417,9 +468,9 @@ class CurveMeasure:
                 gone[head * size : (head + 1) * size] = True
             self._replace(block, self._without(moments, whole, gone), stack)
 
-        return self._scaled(curve, [max(1, heads // 2)], alter, self._changed(block))
+        return self._checked(self._curve(block, curve), [max(1, heads // 2)], alter, self._changed(block))
 
-    def _score_curve(self, block: Block, moments: list[torch.Tensor], per_sequence: float) -> np.ndarray:
+    def _score_curve(self, block: Block, moments: list[torch.Tensor], per_sequence: float) -> _Curve:
         size = self.costs.head_size
         gradient = self.metrics.query(block.writes, self.costs.heads, size)
         identity = torch.eye(size, dtype=torch.float64, device=self.device)
@@ -446,7 +497,8 @@ class CurveMeasure:
 
             stack.callback(block.inner[0].register_forward_hook(narrow).remove)
 
-        return self._scaled(per_sequence * losses, [max(1, size // 2)], alter, block.inner[:1])
+        found = self._curve(block, per_sequence * losses)
+        return self._checked(found, [max(1, size // 2)], alter, block.inner[:1])
 
 
 def _first(rows: list[dict[str, list[int]]], tokens: int) -> list[dict[str, list[int]]]:
