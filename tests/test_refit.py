@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from common import ONE_SOURCE_CASES, Case, D, calibrated, find, make_dense, make_inputs, outputs
@@ -12,7 +13,7 @@ from tcsp_hf import Calibration, Search, TCSPError, compress
 from tcsp_hf.architectures import blocks_of, sites_of
 from tcsp_hf.calibration.sample import TokenSample
 from tcsp_hf.compression import latency, removed_fraction
-from tcsp_hf.compression.curves import CurveMeasure
+from tcsp_hf.compression.curves import CurveMeasure, _Curve, _finished
 from tcsp_hf.compression.filters import drop_inputs
 from tcsp_hf.compression.heads import score_factors, score_moments, value_factors
 from tcsp_hf.compression.least_squares import NormalEquations, Segments, add_gram, mirror, ridge, solve
@@ -282,6 +283,35 @@ def test_a_search_block_by_block_is_a_search_of_all_blocks(case: Case, monkeypat
     assert all(torch.equal(value, parts[name]) for name, value in whole.items()) and len(whole) == len(parts)
     # every other block would make it run six times more
     assert once < again <= once + 2 * len(padded_batches(stats.sample.sequences(), dense.device))
+
+
+def test_six_parts_of_a_kind_are_cut_for_a_check_however_deep_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = make_dense(BERT, torch.float32, num_hidden_layers=8)
+    stats = calibrated(BERT, dense, sample_tokens=65_536)
+    checks, original = [], CurveMeasure._loss
+
+    def counted(self: CurveMeasure, *args: Any) -> float:
+        checks.append(args)
+        return original(self, *args)
+
+    monkeypatch.setattr(CurveMeasure, "_loss", counted)
+    assert removed_fraction(dense, compress(dense, stats, remove=0.3)) >= 0.3
+    # the embeddings' site and the two of six layers; two sizes of the filters; the heads, their scores, their values
+    assert len(checks) == 1 + 2 * 6 + 2 * 6 + 3 * 6
+
+
+def test_a_part_that_was_not_cut_takes_the_scale_between_its_neighbours() -> None:
+    """Logarithms, by size; the ends and other kinds lend nothing."""
+    values = np.array([4.0, 3.0, 2.0, 1.0, 0.0])
+    scales: list[dict[int, float] | None] = [{1: np.log(2), 3: 0.0}, None, {1: np.log(8)}, None]
+    curves = [_Curve("one", place, 4, values, found) for place, found in enumerate(scales)]
+    other = [_Curve("other", 1, 3, values, {1: np.log(99)}), _Curve("alone", 0, 1, values)]
+    first, second, third, last, _, alone = _finished([*curves, *other])
+    np.testing.assert_allclose(first, [8.0, 6.0, 2.0 * 2**0.5, 1.0, 0.0])
+    np.testing.assert_allclose(second, [16.0, 12.0, 4.0, 1.0, 0.0])
+    np.testing.assert_allclose(third, 8.0 * values)
+    np.testing.assert_allclose(last, [32.0, 24.0, 2.0 * 8**0.5, 1.0, 0.0])
+    np.testing.assert_allclose(alone, values)
 
 
 @pytest.mark.parametrize("case", [BERT, T5], ids=str)

@@ -32,16 +32,18 @@ def cut_values(
         return problem, None, kept
     select = torch.eye(heads * head_size, dtype=torch.float64, device=prior.device)
     if keep < heads:
-        first = solve(*equations.total, prior, _FIRST_PASS_STRENGTH, equations.bias)
-        kept, _, _ = drop_heads(equations.total[0], root @ first.T, heads, head_size, keep)
+        with equations.joined() as (moments, cross):
+            first = solve(moments, cross, prior, _FIRST_PASS_STRENGTH, equations.bias)
+            kept, _, _ = drop_heads(moments, root @ first.T, heads, head_size, keep)
         entries = (kept[:, None] * head_size + torch.arange(head_size, device=prior.device)).flatten()
         others = torch.arange(heads * head_size, len(prior), device=prior.device)
         rows = torch.cat([entries, others])
         equations, prior = equations.keep(rows[:-1] if equations.bias else rows), prior[rows]
         select = select[entries]
     if size < head_size:
-        first = solve(*equations.total, prior, _FIRST_PASS_STRENGTH, equations.bias)
-        factors = value_factors(equations.total[0], root @ first.T, keep, head_size, size)
+        with equations.joined() as (moments, cross):
+            first = solve(moments, cross, prior, _FIRST_PASS_STRENGTH, equations.bias)
+            factors = value_factors(moments, root @ first.T, keep, head_size, size)
         turn = torch.block_diag(*factors)
         others_count = equations.inputs - keep * head_size
         rest = torch.eye(others_count, dtype=torch.float64, device=prior.device)
@@ -58,11 +60,12 @@ def cut_filters(problem: Problem, root: torch.Tensor, neurons: int, keep: int) -
     if keep == neurons:
         return problem, torch.arange(neurons, device=prior.device)
     give_back(equations.moments.nbytes)
-    moments, cross = equations.total
-    first = solve(moments, cross, prior, _FIRST_PASS_STRENGTH, equations.bias)
     block = max(16, (neurons - keep) // _FEWEST_BLOCKS)
-    kept, _, _ = drop_inputs(moments, root @ first.T, neurons, keep, block)
-    del moments, cross, first
+    with equations.joined() as (moments, cross):
+        weights = root @ solve(moments, cross, prior, _FIRST_PASS_STRENGTH, equations.bias).T
+        give_back(moments.nbytes)
+        kept, _, _ = drop_inputs(moments, weights, neurons, keep, block)
+        del weights
     give_back(equations.moments.nbytes)
     rows = torch.cat([kept, torch.arange(neurons, len(prior), device=prior.device)])
     return (equations.keep(rows[:-1] if equations.bias else rows), prior[rows]), kept

@@ -5,7 +5,8 @@ matrix: shrinkage towards a prior X0 (the projected weights), not towards zero. 
 sequences, one in five.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +64,8 @@ class Segments:
         scale = (total.repeat_interleave(counts) / sizes).sqrt()
         return cls(ids.to(device), scale.float().to(device))
 
-    def blended(self, rows: torch.Tensor, coherence: float) -> torch.Tensor:
-        """Rows (tokens, p) whose sum of squares is that of the rows, weighed by 1 - c, and of the pieces' sums, by c.
+    def blend(self, rows: torch.Tensor, coherence: float) -> torch.Tensor:
+        """Change rows (tokens, p) so that their products are those of the rows by 1 - c and of the pieces' sums by c.
 
         `a² I + c s² 11'` over the m tokens of a piece has the square root `a I + b 11'`, so that no row is added:
         every row gets b times its piece's sum.
@@ -73,7 +74,7 @@ class Segments:
         counts = torch.bincount(self.ids, minlength=len(self.scale)).clamp(min=1)
         shared = ((alone + coherence * self.scale.square() * counts).sqrt() - alone**0.5) / counts
         sums = rows.new_zeros(len(self.scale), rows.shape[1]).index_add_(0, self.ids, rows)
-        return (sums.mul_(shared.to(rows).unsqueeze(1)))[self.ids].add_(rows, alpha=alone**0.5)
+        return rows.mul_(alone**0.5).add_(sums.mul_(shared.to(rows).unsqueeze(1))[self.ids])
 
 
 class NormalEquations:
@@ -134,7 +135,7 @@ class NormalEquations:
         block = torch.cat([*parts, *constant], dim=1).mul_(root)
         wanted = targets * root
         if segments is not None and coherence > 0.0:
-            block, wanted = segments.blended(block, coherence), segments.blended(wanted, coherence)
+            block, wanted = segments.blend(block, coherence), segments.blend(wanted, coherence)
         self._wait(block, wanted, held_out)
 
     def _wait(self, block: torch.Tensor, wanted: torch.Tensor, held_out: torch.Tensor) -> None:
@@ -179,6 +180,20 @@ class NormalEquations:
         """H and C over all folds; with one fold, the sums themselves."""
         moments, cross = self.moments, self.cross
         return (moments[0], cross[0]) if len(moments) == 1 else (moments.sum(0), cross.sum(0))
+
+    @contextmanager
+    def joined(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Within, H and C over all folds in the place of the first one's: `total` without the memory of a copy."""
+        sums = self.moments, self.cross
+        if len(sums[0]) > 1:
+            for folds in sums:
+                folds[0] += folds[1]
+        try:
+            yield sums[0][0], sums[1][0]
+        finally:
+            if len(sums[0]) > 1:
+                for folds in sums:
+                    folds[0] -= folds[1]
 
     def keep(self, indices: torch.Tensor) -> "NormalEquations":
         """Only these entries of u (and the constant)."""
@@ -258,7 +273,8 @@ def ridge(
         best = strengths[0]  # nothing is held out, or everything: stay close to the prior
     else:
         best = _best_strength(equations, prior, metric, strengths)
-    return solve(*equations.total, prior, best, equations.bias)
+    with equations.joined() as sums:
+        return solve(*sums, prior, best, equations.bias)
 
 
 def _best_strength(

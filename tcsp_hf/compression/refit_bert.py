@@ -403,9 +403,8 @@ class BertRefit:
         if self.sizes.hidden[site] == self.full:
             identity = torch.eye(self.full, dtype=torch.float64)
             return solution, make_basis(identity, identity, self.stats.sites[self.site_names[site]].second_moment)
-        moments = equations.total[0]
-        predicted = solution.T @ moments @ solution / moments[-1, -1]
-        del moments
+        with equations.joined() as (moments, _):
+            predicted = solution.T @ moments @ solution / moments[-1, -1]
         give_back(equations.moments.nbytes)
         return solution, self._choose(site, predicted)
 
