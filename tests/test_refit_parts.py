@@ -274,8 +274,16 @@ def test_sums_of_one_fold_and_of_two() -> None:
     problem.add([x], x, torch.ones(50), torch.arange(50) % 5 == 4)
     for part in problem.total:
         torch.testing.assert_close(part, (x.T @ x).double(), rtol=1e-5, atol=1e-5)
+    before, total = (problem.moments.clone(), problem.cross.clone()), problem.total
+    with pytest.raises(KeyError), problem.joined() as sums:
+        assert all(map(torch.equal, sums, total))
+        raise KeyError
+    for part, was in zip((problem.moments, problem.cross), before, strict=True):
+        torch.testing.assert_close(part, was, rtol=1e-12, atol=1e-12)
     one = NormalEquations(3, problem.moments[:1], problem.cross[:1], bias=False)
     assert torch.equal(one.total[0], problem.moments[0]) and torch.equal(one.total[1], problem.cross[0])
+    with one.joined() as sums:
+        assert all(map(torch.equal, sums, one.total))
 
 
 def test_blocks_are_flushed_at_their_size() -> None:
