@@ -156,8 +156,6 @@ class NormalEquations:
             add_gram(self._moments[fold], block)
             self._cross[fold] += block.T @ wanted
             self._mirrored = False
-            del block, wanted
-            give_back(self._moments[fold].nbytes)  # blocks of many sizes come and go meanwhile
 
     def _flush_all(self) -> None:
         for fold in range(len(self._waiting)):
