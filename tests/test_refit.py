@@ -301,7 +301,7 @@ def test_six_parts_of_a_kind_are_cut_for_a_check_however_deep_the_model(monkeypa
 
 
 def test_a_part_that_was_not_cut_takes_the_scale_between_its_neighbours() -> None:
-    """Logarithms, by size; the ends and other kinds lend nothing."""
+    """Between logarithms, by size; behind the last one its own; other kinds lend nothing."""
     values = np.array([4.0, 3.0, 2.0, 1.0, 0.0])
     scales: list[dict[int, float] | None] = [{1: np.log(2), 3: 0.0}, None, {1: np.log(8)}, None]
     curves = [_Curve("one", place, 4, values, found) for place, found in enumerate(scales)]

@@ -33,7 +33,7 @@ from .least_squares import HELD_OUT_EVERY, NormalEquations, damped_inverse, solv
 from .memory import give_back
 from .metrics import Metrics
 from .plan import Costs, LossCurves, filter_step
-from .replay import Layers, Replay
+from .replay import Replay
 from .streams import padded_batches
 from .subspace import Spectrum
 
@@ -137,7 +137,7 @@ class CurveMeasure:
     def run(self, progress: bool | None = None) -> LossCurves:
         with torch.no_grad(), _eager(self.dense):
             self.replay = Replay(self.dense, self.probe)
-            self.layers = Layers(self.dense)
+            self.layers = self.replay.layers
             self.known: list[dict[int, Any]] = [{} for _ in self.batches]
             curves: dict[str, list[_Curve]] = {part: [] for part in ("hidden", "filters", "heads", "qk", "vo")}
             for i in range(len(self.groups)):
@@ -192,10 +192,10 @@ class CurveMeasure:
         tail = spectrum.values.flip(0).cumsum(0).flip(0)
         values = torch.cat([tail, tail.new_zeros(1)]).numpy()
         scale = sum(0.5 * self.lengths[self.norms[name].stack] * self.metrics.unit(name) for name in members)
-        writer = next((block for block in self.blocks if [block.writes] == members), None)
-        curve = (
-            _Curve(f"group {group}", 0, 1, scale * values) if writer is None else self._curve(writer, scale * values)
-        )
+        curve = _Curve(f"group {group}", 0, 1, scale * values)
+        for block in self.blocks:
+            if [block.writes] == members:
+                curve = self._curve(block, scale * values)
         if "hidden" not in self.axes:
             curve.scales = {}
             return curve

@@ -83,25 +83,26 @@ class Replay:
     """Fixed batches, and what the layers of the unchanged model make of them.
 
     Attributes:
+        layers: of the model.
         expected: the model's outputs, by batch.
     """
 
     def __init__(self, dense: PreTrainedModel, batches: Sequence[Batch]) -> None:
         """Run every batch once; the outputs of every layer are kept (on the model's device)."""
         self.dense, self.batches = dense, batches
-        self._layers = Layers(dense)
+        self.layers = Layers(dense)
         self._outputs: list[dict[int, Any]] = []
         self.expected = [self._record(batch) for batch in batches]
 
     def _record(self, batch: Batch) -> Any:
-        with self._layers.keeping(range(len(self._layers))) as outputs:
+        with self.layers.keeping(range(len(self.layers))) as outputs:
             self._outputs.append(outputs)
             return self.dense(**model_inputs(self.dense, batch), return_dict=True)
 
     def outputs(self, changed: Sequence[nn.Module]) -> Iterator[Any]:
         """The model's outputs on every batch, where nothing before these modules changed."""
-        first = self._layers.first_of(changed)
+        first = self.layers.first_of(changed)
         for batch, known in zip(self.batches, self._outputs, strict=True):
-            with self._layers.starting_at(first, known):
+            with self.layers.starting_at(first, known):
                 found = self.dense(**model_inputs(self.dense, batch), return_dict=True)
             yield found
