@@ -88,8 +88,13 @@ def make_refit(case: Case, sizes: Sizes, rows: int, monkeypatch: pytest.MonkeyPa
     bases: dict[str, Basis] = {}
     scales: dict[str, torch.Tensor] = {}
     if case.family == "bert":
-        run = module.BertRefit.run
-        monkeypatch.setattr(module.BertRefit, "run", lambda self: (found := run(self), bases.update(found.bases))[0])
+        close_site = module.BertRefit._close_site
+
+        def closed(self: Any, site: int, basis: Basis, *args: Any) -> Any:
+            bases[self.site_names[site]] = basis
+            return close_site(self, site, basis, *args)
+
+        monkeypatch.setattr(module.BertRefit, "_close_site", closed)
     else:
         cut_bases = COMPRESS._cut_bases
         monkeypatch.setattr(COMPRESS, "_cut_bases", lambda *args: (found := cut_bases(*args), bases.update(found))[0])

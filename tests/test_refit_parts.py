@@ -286,13 +286,14 @@ def test_sums_of_one_fold_and_of_two() -> None:
         assert all(map(torch.equal, sums, one.total))
 
 
-def test_blocks_are_flushed_at_their_size() -> None:
+def test_blocks_are_summed_at_their_size() -> None:
     """Rows wait until they make a block, and none is lost or counted twice."""
     problem = NormalEquations.zeros(1, 1, torch.device("cpu"), bias=False)
-    for _ in range(9):
+    for i in range(9):
         rows = torch.ones(1000, 1)
         problem.add([rows], rows, torch.ones(1000), torch.arange(1000) % 2 == 1)
-        assert sum(len(block) for waiting in problem._waiting for block, _ in waiting) < 2 * 4096
+        for summed, block in zip(problem._moments.flatten().tolist(), (2048, 512), strict=True):
+            assert summed == (i + 1) * 500 // block * block
     assert problem.tokens == 9000
     assert problem.moments.flatten().tolist() == [4500.0, 4500.0] == problem.cross.flatten().tolist()
 

@@ -21,7 +21,7 @@ from ..offload import device_of
 from . import bert, t5
 from .plan import BlockShape, Costs, Sizes
 from .sizes import ParameterCount, count_parameters, meta_count
-from .subspace import Basis
+from .subspace import Kept
 from .weights import Tensors
 
 logger = logging.getLogger("tcsp_hf")
@@ -188,7 +188,7 @@ class Builder:
 
     def build(
         self,
-        bases: dict[str, Basis],
+        kept: dict[str, Kept],
         stats: Calibration,
         sizes: Sizes,
         kept_heads: list[list[int]] | None,
@@ -198,7 +198,7 @@ class Builder:
         """The compressed model of these sizes.
 
         Args:
-            bases: the subspace of every site.
+            kept: of the subspace of every site, in the order of the forward pass.
             tensors: its state dict; emptied, so that no weight is held twice.
             record: more fields of `config.projection`.
         """
@@ -214,8 +214,8 @@ class Builder:
             "source_non_embedding_parameters": count.non_embedding,
             "kind": self.kind,
             "sites": [
-                {"name": name, "hidden_size": basis.size, "kept_energy": round(basis.kept_energy, 6)}
-                for name, basis in bases.items()
+                {"name": name, "hidden_size": found.size, "kept_energy": round(found.energy, 6)}
+                for name, found in kept.items()
                 if name in config.site_widths()
             ],
             "calibration": stats.summary(),

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .request import DEFAULT_KIND, Request, check_request, check_statistics
 from .search import Search
 from .sizes import count_parameters, size_table
 from .streams import PackedSample
-from .subspace import Basis, Spectrum, make_basis, spectrum
+from .subspace import Basis, Kept, Spectrum, SpectrumOf, check_fisher, make_basis, spectrum
 
 logger = logging.getLogger("tcsp_hf")
 
@@ -138,25 +139,27 @@ def _smaller(
 ) -> Any:
     """The compressed model, with what was predicted and measured among the options of its provenance."""
     builder = Builder(model, family, head, request.kind, request.multiple_of)
-    spectra = [_pooled_spectrum(stats, members, request.subspace, request.epsilon) for members in builder.groups]
+    if request.subspace == "balanced":
+        for members in [*builder.groups, *([bert.MLM_SITE] for site in builder.sites if site == bert.MLM_SITE)]:
+            check_fisher(_pooled_fisher(stats, members))
+    spectrum_of = partial(_pooled_spectrum, stats, subspace=request.subspace, epsilon=request.epsilon)
     options: dict[str, Any] = {"refit": request.refit, "axes": list(request.axes), "uniform": request.uniform}
-    sizes = _choose_sizes(model, stats, request, builder, spectra, search, options, progress)
+    sizes = _choose_sizes(model, stats, request, builder, spectrum_of, search, options, progress)
     needed = max(sizes.hidden)
     if stats.tokens < needed:
         raise TCSPError(
             f"The statistics hold {stats.tokens} tokens, but a hidden size of {needed} needs at least {needed}: "
             "calibrate on more text, or choose a smaller size."
         )
-    bases = _cut_bases(stats, builder, spectra, sizes, request.subspace, request.epsilon)
-    del spectra
     small: Any
     epsilon = float(request.epsilon) if request.subspace == "balanced" else None
     record = {"subspace": request.subspace, "epsilon": epsilon, "options": options}
     if request.refit:
-        small = _refit(model, stats, request, builder, bases, sizes, record, progress)
+        small = _refit(model, stats, request, builder, spectrum_of, sizes, record, progress)
     else:
+        bases = _cut_bases(stats, builder, spectrum_of, sizes)
         tensors = (bert if family == "bert" else t5).project(model, bases)
-        small = builder.build(bases, stats, sizes, None, tensors, record)
+        small = builder.build(_kept(bases), stats, sizes, None, tensors, record)
     measured = measured_loss(model, small, stats)
     if measured is not None:
         small.config.projection["options"]["measured_kl"] = round(measured, 8)
@@ -168,7 +171,7 @@ def _choose_sizes(
     stats: Calibration,
     request: Request,
     builder: Builder,
-    spectra: list[Spectrum],
+    spectrum_of: SpectrumOf,
     search: Search,
     options: dict[str, Any],
     progress: bool | None,
@@ -179,17 +182,18 @@ def _choose_sizes(
         if request.hidden_size is not None:
             sizes.hidden[:] = [builder.round_up(request.hidden_size)] * len(sizes.hidden)
         elif request.energy is not None:
-            widths = [builder.round_up(found.size_for_energy(request.energy), quiet=True) for found in spectra]
+            needed = [spectrum_of(members).size_for_energy(request.energy) for members in builder.groups]
+            widths = [builder.round_up(size, quiet=True) for size in needed]
             sizes.hidden[:] = [max(widths)] * len(widths) if request.uniform else widths
             if bert.MLM_SITE in builder.sites and not request.uniform:
-                head = _pooled_spectrum(stats, [bert.MLM_SITE], request.subspace, request.epsilon)
+                head = spectrum_of([bert.MLM_SITE])
                 builder.mlm_size = builder.round_up(head.size_for_energy(request.energy), quiet=True)
         else:
             sizes.hidden[:] = [_width_for_removal(model, builder, request.remove or 0.0)] * len(sizes.hidden)
         return sizes
 
     def measure() -> tuple[dict[str, float], LossCurves]:
-        found = CurveMeasure(model, stats, builder.costs(), builder.groups, spectra, request.axes)
+        found = CurveMeasure(model, stats, builder.costs(), builder.groups, spectrum_of, request.axes)
         return found.lengths, found.run(progress)
 
     lengths, curves = search.measured(stats, request, measure)
@@ -206,19 +210,25 @@ def _choose_sizes(
     return sizes
 
 
-def _cut_bases(
-    stats: Calibration, builder: Builder, spectra: list[Spectrum], sizes: Sizes, subspace: str, epsilon: float
-) -> dict[str, Basis]:
+def _cut_bases(stats: Calibration, builder: Builder, spectrum_of: SpectrumOf, sizes: Sizes) -> dict[str, Basis]:
     """The subspace of every site, before any refit."""
     bases: dict[str, Basis] = {}
-    for members, found, size in zip(builder.groups, spectra, sizes.hidden, strict=True):
-        cut = found.cut(size)
+    for members, size in zip(builder.groups, sizes.hidden, strict=True):
+        cut = spectrum_of(members).cut(size)
         for name in members:
             bases[name] = make_basis(cut.decoder, cut.encoder, stats.sites[name].second_moment)
-    if bert.MLM_SITE in builder.sites:
-        head = _pooled_spectrum(stats, [bert.MLM_SITE], subspace, epsilon)
-        bases[bert.MLM_SITE] = head.cut(builder.widths(sizes)[bert.MLM_SITE])
-    return {name: bases[name] for name in builder.sites}
+    return bases | _head_basis(builder, spectrum_of, sizes)
+
+
+def _head_basis(builder: Builder, spectrum_of: SpectrumOf, sizes: Sizes) -> dict[str, Basis]:
+    """The subspace of a masked-LM head's own site, where there is one."""
+    if bert.MLM_SITE not in builder.sites:
+        return {}
+    return {bert.MLM_SITE: spectrum_of([bert.MLM_SITE]).cut(builder.widths(sizes)[bert.MLM_SITE])}
+
+
+def _kept(bases: dict[str, Basis]) -> dict[str, Kept]:
+    return {name: basis.kept for name, basis in bases.items()}
 
 
 def _refit(
@@ -226,7 +236,7 @@ def _refit(
     stats: Calibration,
     request: Request,
     builder: Builder,
-    bases: dict[str, Basis],
+    spectrum_of: SpectrumOf,
     sizes: Sizes,
     record: dict[str, Any],
     progress: bool | None,
@@ -241,15 +251,17 @@ def _refit(
             inputs,
         )
     if builder.family == "t5":
+        bases = _cut_bases(stats, builder, spectrum_of, sizes)
         solved = refit_t5(model, stats, bases, sizes, progress)
-        return builder.build(bases, stats, sizes, solved.kept_heads, t5.assemble(model, bases, solved), record)
+        return builder.build(_kept(bases), stats, sizes, solved.kept_heads, t5.assemble(model, bases, solved), record)
     sample = PackedSample(stats.sample.sequences())
-    fixed = bases if request.kind == "shared" else None
+    fixed = _cut_bases(stats, builder, spectrum_of, sizes) if request.kind == "shared" else None
     widths = builder.widths(sizes)
     each = replace(sizes, hidden=[width for name, width in widths.items() if name != bert.MLM_SITE])
     made = BertRefit(model, stats, sample, each, request.subspace, request.epsilon, progress, fixed).run()
-    found = {**bases, **made.bases}
-    return builder.build(found, stats, sizes, None, bert.assemble(model, found, made), record)
+    head = _head_basis(builder, spectrum_of, sizes)
+    tensors = bert.assemble(model, head, made)
+    return builder.build(made.kept | _kept(head), stats, sizes, None, tensors, record)
 
 
 @dataclass(frozen=True)
@@ -309,8 +321,10 @@ def _width_for_removal(model: PreTrainedModel, builder: Builder, remove: float) 
 
 def _pooled_spectrum(stats: Calibration, members: list[str], subspace: str, epsilon: float) -> Spectrum:
     """Spectrum of the mean second moments of the group's sites; every site counts alike."""
-    moment = torch.stack([stats.sites[name].second_moment for name in members]).mean(0)
-    fisher = None
-    if subspace == "balanced":
-        fisher = torch.stack([stats.sites[name].fisher for name in members]).mean(0)
-    return spectrum(subspace, moment, fisher, epsilon)
+    moment = sum((stats.sites[name].second_moment for name in members[1:]), stats.sites[members[0]].second_moment)
+    fisher = _pooled_fisher(stats, members) if subspace == "balanced" else None
+    return spectrum(subspace, moment / len(members), fisher, epsilon)
+
+
+def _pooled_fisher(stats: Calibration, members: list[str]) -> torch.Tensor:
+    return sum((stats.sites[name].fisher for name in members[1:]), stats.sites[members[0]].fisher) / len(members)

@@ -35,7 +35,7 @@ from .metrics import Metrics
 from .plan import Costs, LossCurves, filter_step
 from .replay import Replay
 from .streams import padded_batches
-from .subspace import Spectrum
+from .subspace import SpectrumOf
 
 _ROWS_PER_INPUT = 4  # tokens for every regressor in the curves' normal equations
 _HIDDEN_REPAIR = 1 / 3  # what the refit leaves of the loss of a narrower site (measured: see the log)
@@ -109,12 +109,12 @@ class CurveMeasure:
         stats: Calibration,
         costs: Costs,
         groups: list[list[str]],
-        spectra: list[Spectrum],
+        spectrum_of: SpectrumOf,
         axes: Sequence[str],
     ) -> None:
-        """groups: sites that share a subspace, one group for each entry of `Sizes.hidden`; spectra: of each."""
+        """groups: sites that share a subspace, one group for each entry of `Sizes.hidden`."""
         self.dense, self.stats, self.costs, self.axes = dense, stats, costs, axes
-        self.groups, self.spectra = groups, spectra
+        self.groups, self.spectrum_of = groups, spectrum_of
         self.family, _ = family_of(dense)
         self.blocks = blocks_of(dense)
         self.norms = {site.name: site for site in sites_of(dense)}
@@ -188,7 +188,8 @@ class CurveMeasure:
     # --- widths ------------------------------------------------------------------------------------------------
 
     def _hidden_curve(self, group: int) -> _Curve:
-        members, spectrum = self.groups[group], self.spectra[group]
+        members = self.groups[group]
+        spectrum = self.spectrum_of(members)
         tail = spectrum.values.flip(0).cumsum(0).flip(0)
         values = torch.cat([tail, tail.new_zeros(1)]).numpy()
         scale = sum(0.5 * self.lengths[self.norms[name].stack] * self.metrics.unit(name) for name in members)
@@ -402,9 +403,11 @@ class CurveMeasure:
 
     def _without(self, moments: torch.Tensor, whole: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
         """The change of the solution (D, inputs) when the inputs `gone` (mask) go and the others are solved again."""
-        stays = ~gone
+        stays = (~gone).nonzero().squeeze(1)
         cross = moments[stays] @ whole.T
-        again = solve(moments[stays][:, stays], cross, whole[:, stays].T.contiguous(), 1e-4, self.family == "bert")
+        again = solve(
+            moments[stays[:, None], stays], cross, whole[:, stays].T.contiguous(), 1e-4, self.family == "bert"
+        )
         change = -whole.clone()
         change[:, stays] += again.T
         return change

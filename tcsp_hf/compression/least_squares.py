@@ -77,6 +77,34 @@ class Segments:
         return rows.mul_(alone**0.5).add_(sums.mul_(shared.to(rows).unsqueeze(1))[self.ids])
 
 
+class _Waiting:
+    """Rows that wait until they make a block: one float64 addition for many small batches.
+
+    They wait in one place: copies that come and go between batches' own tensors would leave holes all over the heap.
+    """
+
+    def __init__(self, most: int, parts: Sequence[torch.Tensor]) -> None:
+        """parts: (n, width) each, as they will come."""
+        self._blocks = [part.new_empty(most, part.shape[1]) for part in parts]
+        self._most, self._filled = most, 0
+
+    def fill(self, parts: Sequence[torch.Tensor], chosen: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+        """Copy the rows `chosen` (indices) of all parts; a block is given whenever one is full."""
+        while len(chosen):
+            now = chosen[: self._most - self._filled]
+            chosen = chosen[len(now) :]
+            for block, part in zip(self._blocks, parts, strict=True):
+                torch.index_select(part, 0, now, out=block[self._filled : self._filled + len(now)])
+            self._filled += len(now)
+            if self._filled == self._most:
+                yield self.rest()
+
+    def rest(self) -> list[torch.Tensor]:
+        """What waits; nothing waits afterwards."""
+        filled, self._filled = self._filled, 0
+        return [block[:filled] for block in self._blocks]
+
+
 class NormalEquations:
     """Sums `H = sum w x x'` and `C = sum w x t'` for x = [u, 1] (or u alone), in two folds (fit, held out) or in one.
 
@@ -94,8 +122,7 @@ class NormalEquations:
         self._moments = moments
         self._cross = cross
         self._mirrored = True
-        # small batches wait until they make a block: one float64 addition for many
-        self._waiting: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in moments]
+        self._waiting: list[_Waiting] | None = None
 
     @classmethod
     def zeros(
@@ -112,7 +139,7 @@ class NormalEquations:
 
     @staticmethod
     def room(entries: int) -> int:
-        """Bytes of a fold's moments and of the rows that wait to be added to them."""
+        """Bytes of one fold's moments and of the rows that wait to be added to them."""
         return 8 * entries**2 + 4 * _BLOCK * entries
 
     def add(
@@ -139,31 +166,28 @@ class NormalEquations:
         self._wait(block, wanted, held_out)
 
     def _wait(self, block: torch.Tensor, wanted: torch.Tensor, held_out: torch.Tensor) -> None:
-        for fold in range(len(self._waiting)):
-            chosen = held_out == bool(fold)
-            if bool(chosen.all()):
-                self._waiting[fold].append((block, wanted))
-            elif bool(chosen.any()):
-                self._waiting[fold].append((block[chosen], wanted[chosen]))
-            if sum(len(rows) for rows, _ in self._waiting[fold]) >= _BLOCK:
-                self._flush(fold)
+        if self._waiting is None:
+            sizes = [_BLOCK, _BLOCK // (HELD_OUT_EVERY - 1)][: len(self._moments)]
+            self._waiting = [_Waiting(most, (block, wanted)) for most in sizes]
+        for fold, waiting in enumerate(self._waiting):
+            chosen = (held_out == bool(fold)).nonzero().squeeze(1)
+            for rows in waiting.fill((block, wanted), chosen):
+                self._sum(fold, *rows)
 
-    def _flush(self, fold: int) -> None:
-        if self._waiting[fold]:
-            waiting, self._waiting[fold] = self._waiting[fold], []
-            block, wanted = (torch.cat(rows) if len(rows) > 1 else rows[0] for rows in zip(*waiting, strict=True))
-            del waiting
-            add_gram(self._moments[fold], block)
-            self._cross[fold] += block.T @ wanted
-            self._mirrored = False
+    def _sum(self, fold: int, block: torch.Tensor, wanted: torch.Tensor) -> None:
+        add_gram(self._moments[fold], block)
+        self._cross[fold] += block.T @ wanted
+        self._mirrored = False
 
-    def _flush_all(self) -> None:
-        for fold in range(len(self._waiting)):
-            self._flush(fold)
+    def _sum_all(self) -> None:
+        """Sum what waits, and let go of where it waited."""
+        for fold, waiting in enumerate(self._waiting or ()):
+            self._sum(fold, *waiting.rest())
+        self._waiting = None
 
     @property
     def moments(self) -> torch.Tensor:
-        self._flush_all()
+        self._sum_all()
         if not self._mirrored:
             for total in self._moments:
                 mirror(total)
@@ -172,7 +196,7 @@ class NormalEquations:
 
     @property
     def cross(self) -> torch.Tensor:
-        self._flush_all()
+        self._sum_all()
         return self._cross
 
     @property

@@ -32,7 +32,7 @@ from .memory import give_back
 from .metrics import Metrics
 from .plan import Sizes
 from .streams import Group, PackedSample, Stream
-from .subspace import Basis, balanced_spectrum, make_basis, pca_spectrum, symmetric_root
+from .subspace import Basis, Kept, balanced_spectrum, make_basis, pca_spectrum, symmetric_root
 from .weights import DenseWeights, Tensors
 
 Affine = tuple[torch.Tensor, torch.Tensor]
@@ -44,7 +44,7 @@ class RefitResult:
 
     Attributes:
         tensors: state dict entries of embeddings, layers and norms, with the base model's prefix.
-        bases: the subspace of every site, as chosen.
+        kept: of the subspace of every site, as chosen.
         reader: (weight (D, k), offset (D,)): dense hidden state ~ weight @ z + offset at the last site.
         carried: z at the last site.
         target: n at the last site.
@@ -52,7 +52,7 @@ class RefitResult:
     """
 
     tensors: Tensors
-    bases: dict[str, Basis]
+    kept: dict[str, Kept]
     reader: Affine
     carried: Stream
     target: Stream
@@ -105,17 +105,17 @@ class BertRefit:
     def run(self) -> RefitResult:
         with torch.no_grad(), self.bar:
             basis, dense, carried = self._embeddings()
-            bases = {self.site_names[0]: basis}
+            kept = {self.site_names[0]: basis.kept}
             for layer in range(self.layers):
                 for block in (self._attention, self._feed_forward):
                     basis, dense, carried = block(layer, basis, dense, carried)
-                    bases[self.site_names[len(bases)]] = basis
+                    kept[self.site_names[len(kept)]] = basis.kept
                     self.bar.update(1)
             decoder = self._decoder(2 * self.layers, basis, dense, carried)
         gamma, beta = self._norm(2 * self.layers)
         weight = gamma.double()[:, None] * decoder[:-1].T
         offset = beta.double() + gamma.double() * decoder[-1]
-        return RefitResult(self.tensors, bases, (weight.cpu(), offset.cpu()), carried, dense, self.sample)
+        return RefitResult(self.tensors, kept, (weight.cpu(), offset.cpu()), carried, dense, self.sample)
 
     # --- the dense model ---------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 `z = E' n` is carried instead of the normalised stream n, and `n ~ B z`. Everything here is float64.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,14 @@ import torch
 from ..errors import TCSPError
 
 _RANK_TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is recorded of a subspace: its width, and the energy that it keeps."""
+
+    size: int
+    energy: float
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,10 @@ class Basis:
     @property
     def size(self) -> int:
         return self.decoder.shape[1]
+
+    @property
+    def kept(self) -> Kept:
+        return Kept(self.size, self.kept_energy)
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,20 @@ def pca_spectrum(moment: torch.Tensor) -> Spectrum:
     return Spectrum("pca", values, moment, vectors, vectors)
 
 
+def check_fisher(fisher: torch.Tensor) -> float:
+    """The trace of `fisher`, which must not be zero.
+
+    Raises:
+        TCSPError: it is.
+    """
+    trace = float(fisher.trace())
+    if trace <= 0.0:
+        raise TCSPError(
+            "The gradients are zero at a site, so subspace='balanced' has nothing to weigh with: use subspace='pca'."
+        )
+    return trace
+
+
 def balanced_spectrum(moment: torch.Tensor, fisher: torch.Tensor, epsilon: float) -> Spectrum:
     """Best rank-k projector for `||Gamma^½ (I - P) Sigma^½||`, by the SVD of `Gamma^½ Sigma^½` = U S V'.
 
@@ -115,15 +142,15 @@ def balanced_spectrum(moment: torch.Tensor, fisher: torch.Tensor, epsilon: float
     oblique one of balanced truncation (Moore 1981), `P = Sigma^½ V_k S_k^-1 U_k' Gamma^½`.
     """
     size = moment.shape[0]
-    mean = float(fisher.trace()) / size
-    if mean <= 0.0:
-        raise TCSPError(
-            "The gradients are zero at a site, so subspace='balanced' has nothing to weigh with: use subspace='pca'."
-        )
+    mean = check_fisher(fisher) / size
     weight_root = symmetric_root(fisher / mean + epsilon * torch.eye(size, dtype=torch.float64))
     moment_root = symmetric_root(moment)
     left, values, right = torch.linalg.svd(weight_root @ moment_root)
     return Spectrum("balanced", values.square(), moment, weight_root @ left, moment_root @ right.T)
+
+
+SpectrumOf = Callable[[list[str]], Spectrum]
+"""The spectrum of sites that share a subspace. It takes four matrices (D, D), so it is made where it is needed."""
 
 
 def spectrum(kind: str, moment: torch.Tensor, fisher: torch.Tensor | None, epsilon: float) -> Spectrum:
