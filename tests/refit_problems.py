@@ -77,7 +77,11 @@ def make_refit(case: Case, sizes: Sizes, rows: int, monkeypatch: pytest.MonkeyPa
         def cut(*args: Any) -> Any:
             found = original(*args)
             metrics.append(args[1] @ args[1].T)
-            cuts.append((name, found[-1], found[1] if name == "cut_values" else None))
+            kept = found[-1]
+            if name == "cut_filters":
+                number = sum(kind == name for kind, _, _ in cuts)
+                kept = torch.tensor(sizes.candidates(number, NEURONS))[kept]
+            cuts.append((name, kept, found[1] if name == "cut_values" else None))
             return found
 
         monkeypatch.setattr(module, name, cut)

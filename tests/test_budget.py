@@ -1,5 +1,6 @@
 """Budgets of one width: met, monotone, refused where they cannot be, and counted."""
 
+import copy
 import logging
 import math
 
@@ -11,6 +12,7 @@ from common import (
     Case,
     D,
     calibrated,
+    dense_and_sample,
     dense_and_statistics,
     find,
     make_dense,
@@ -25,6 +27,16 @@ from tcsp_hf.compression import count_parameters, removed_fraction, size_table
 BERT = find("bert-ForSequenceClassification")
 T5 = find("t5-ForConditionalGeneration")
 both = pytest.mark.parametrize("case", [BERT, T5], ids=str)
+
+
+@pytest.mark.parametrize("options", [{"hidden_size": 16}, {"remove": 0.3}], ids=str)
+def test_gradients_of_zero_are_met_before_any_work(options, monkeypatch):
+    model, stats = dense_and_sample(find("bert-ForMaskedLM"))
+    stats = copy.deepcopy(stats)
+    stats.sites["mlm_head"].fisher_sum.zero_()
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    with pytest.raises(TCSPError, match=r"gradients are zero at a site.* use subspace='pca'"):
+        compress(model, stats, **options)
 
 
 # Budgets --------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The closed forms of the refit against brute force, the search, and what both do for a whole model."""
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -215,6 +216,7 @@ def test_refit_at_the_full_size_changes_nothing_and_below_it_helps(case: Case) -
     assert unchanged.config.projection["options"]["refit"] is False
 
 
+COMPRESS = importlib.import_module("tcsp_hf.compression.compress")  # the package has a function of that name
 AXES = [("filters",), ("heads",), ("hidden", "filters", "heads")]
 
 
@@ -241,6 +243,25 @@ def test_nothing_is_cut_that_need_not_be(case: Case) -> None:
     for remove in (0.1, 0.2, 0.3, 0.5):
         removed = removed_fraction(dense, compress(dense, stats, remove=remove))
         assert remove <= removed < remove + 0.06  # one rounding step of a tiny model
+
+
+@pytest.mark.parametrize("case", [BERT, T5], ids=str)
+def test_half_of_the_neurons_that_go_are_the_search_s_first(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, stats = sampled(case)
+    config = dense.config
+    neurons = config.intermediate_size if case.family == "bert" else config.d_ff
+    search, found, original = Search(), [], COMPRESS._choose_sizes
+    monkeypatch.setattr(COMPRESS, "_choose_sizes", lambda *args: found.append(original(*args)) or found[-1])
+    compress(dense, stats, remove=0.3, search=search)
+    (sizes,) = found
+    order = search._found[1].order
+    assert min(sizes.filters) < neurons and len(order) == len(sizes.doomed) == len(sizes.filters)
+    for number, (left, doomed) in enumerate(zip(sizes.filters, sizes.doomed, strict=True)):
+        assert doomed == order[number][: (neurons - left) // 2]
+        assert sizes.candidates(number, neurons) == sorted(set(range(neurons)) - set(doomed))
+        assert len(sizes.candidates(number, neurons)) == neurons - len(doomed) >= left
+    compress(dense, stats, remove=0.1, axes=("heads",))
+    assert not any(found[-1].doomed)
 
 
 @pytest.mark.parametrize("case", [BERT, T5], ids=str)

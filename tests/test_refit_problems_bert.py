@@ -23,7 +23,14 @@ from tcsp_hf.compression.heads import score_factors
 from tcsp_hf.compression.plan import Sizes
 from tcsp_hf.compression.subspace import balanced_spectrum, pca_spectrum
 
-BERT_SIZES = Sizes(hidden=[24, 16, 20, D, D], filters=[NEURONS, 24], heads=[HEADS, 3], qk=[HEAD, 6], vo=[HEAD, 5])
+BERT_SIZES = Sizes(
+    hidden=[24, 16, 20, D, D],
+    filters=[NEURONS, 24],
+    heads=[HEADS, 3],
+    qk=[HEAD, 6],
+    vo=[HEAD, 5],
+    doomed=[[], [31, 0, 7]],
+)
 BERT_OTHERS = Sizes(hidden=[D, D, 12, 20, 16], filters=[17, NEURONS], heads=[2, HEADS], qk=[5, HEAD], vo=[HEAD, 3])
 
 

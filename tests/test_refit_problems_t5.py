@@ -27,6 +27,7 @@ from tcsp_hf.compression.subspace import Basis
 T5_SIZES = Sizes(
     hidden=[20],
     filters=[NEURONS, 24, 30, NEURONS],
+    doomed=[[], [5, 0, 31], [1], []],
     heads=[HEADS, 3, 2, HEADS, 3, HEADS],
     qk=[HEAD, 6, 5, HEAD, HEAD, 3],
     vo=[HEAD, 5, HEAD, 4, 6, HEAD],

@@ -207,6 +207,7 @@ def _choose_sizes(
         goal = int((1.0 - (request.remove or 0.0)) * count_parameters(model).non_embedding)
         sizes = allocate(curves, costs, goal, request.axes, request.multiple_of, request.uniform)
     options["predicted_kl"] = round(curves.of(sizes), 8)
+    sizes.doomed = curves.doomed(sizes, costs.neurons)
     return sizes
 
 

@@ -10,7 +10,7 @@ only some are cut; those between them take their neighbours' scale.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -66,6 +66,7 @@ class _Curve:
         kind: curves of one kind can lend each other their scale.
         place, of: its place among those of its kind, in the order of the forward pass, and how many they are.
         scales: logarithms by size, where they were measured; None for a curve that was not checked.
+        order: of a feed-forward network, see `LossCurves`.
     """
 
     kind: str
@@ -73,6 +74,7 @@ class _Curve:
     of: int
     values: np.ndarray
     scales: dict[int, float] | None = None
+    order: list[int] = field(default_factory=list)
 
     def scaled(self) -> np.ndarray:
         """The curve times its scale at the measured sizes and between; never falling as the size does."""
@@ -153,7 +155,8 @@ class CurveMeasure:
                             curves[part].append(curve)
                         give_back(8 * self._inputs(block) ** 2)
                         bar.update(1)
-        return LossCurves(**{part: _finished(found) for part, found in curves.items()})
+        order = [curve.order for curve in curves["filters"]]
+        return LossCurves(**{part: _finished(found) for part, found in curves.items()}, order=order)
 
     def _loss(self, alter: Callable[[ExitStack], None], changed: Sequence[nn.Module]) -> float:
         """Mean divergence of the dense model with these modules changed, nats per sequence."""
@@ -427,7 +430,9 @@ class CurveMeasure:
             self._replace(block, self._without(moments, whole, gone), stack)
 
         sizes = [max(1, neurons // 8), max(1, neurons // 2)]
-        return self._checked(self._curve(block, curve), sizes, alter, self._changed(block))
+        found = self._checked(self._curve(block, curve), sizes, alter, self._changed(block))
+        found.order = order.tolist()
+        return found
 
     def _value_curve(
         self, block: Block, moments: torch.Tensor, whole: torch.Tensor, weighed: torch.Tensor, per_sequence: float

@@ -18,6 +18,7 @@ PARTS = {"hidden": ("hidden",), "filters": ("filters",), "heads": ("heads", "qk"
 _HEAD_STEP = 4
 _FILTER_STEPS = 96
 _SMALLEST_HIDDEN = 16
+_DOOMED = 0.5  # of the neurons that go; the more, the faster the refit, but it chooses better than the search
 
 
 def filter_step(neurons: int) -> int:
@@ -33,6 +34,7 @@ class Sizes:
         hidden: widths: of every site (BERT), of every subspace (T5: one, or encoder's and decoder's).
         filters: neurons of every feed-forward network, in the order of the forward pass.
         heads: heads of every attention block, in the order of the forward pass; `qk` and `vo` the sizes of one head.
+        doomed: neurons of every feed-forward network that go in any case; among the others the refit chooses.
     """
 
     hidden: list[int]
@@ -40,9 +42,16 @@ class Sizes:
     heads: list[int]
     qk: list[int]
     vo: list[int]
+    doomed: list[list[int]] = field(default_factory=list)
 
     def copy(self) -> "Sizes":
-        return Sizes(list(self.hidden), list(self.filters), list(self.heads), list(self.qk), list(self.vo))
+        doomed = [list(neurons) for neurons in self.doomed]
+        return Sizes(list(self.hidden), list(self.filters), list(self.heads), list(self.qk), list(self.vo), doomed)
+
+    def candidates(self, number: int, neurons: int) -> list[int]:
+        """Which of a feed-forward network's neurons the refit may keep, ascending."""
+        doomed = set(self.doomed[number]) if self.doomed else set()
+        return [neuron for neuron in range(neurons) if neuron not in doomed]
 
 
 @dataclass
@@ -50,6 +59,10 @@ class LossCurves:
     """Predicted loss (nats per sequence) by size: `curve[size]` with size from 0 to the dense size.
 
     One list of curves for each list of `Sizes`.
+
+    Attributes:
+        order: neurons of every feed-forward network in the order in which the search took them out (indices); the
+            last ones, or all, may be missing.
     """
 
     hidden: list[np.ndarray] = field(default_factory=list)
@@ -57,6 +70,7 @@ class LossCurves:
     heads: list[np.ndarray] = field(default_factory=list)
     qk: list[np.ndarray] = field(default_factory=list)
     vo: list[np.ndarray] = field(default_factory=list)
+    order: list[list[int]] = field(default_factory=list)
 
     def attention(self, number: int, sizes: Sizes) -> float:
         """Loss of one attention block: the heads that go, and the smaller sizes of those that stay."""
@@ -70,6 +84,11 @@ class LossCurves:
         total = sum(float(curve[size]) for curve, size in zip(self.hidden, sizes.hidden, strict=True))
         total += sum(float(curve[size]) for curve, size in zip(self.filters, sizes.filters, strict=True))
         return total + sum(self.attention(i, sizes) for i in range(len(self.heads)))
+
+    def doomed(self, sizes: Sizes, neurons: int) -> list[list[int]]:
+        """`Sizes.doomed`: the first of those that go, in the order of the search."""
+        counts = [int(_DOOMED * (neurons - left)) for left in sizes.filters]
+        return [order[:count] for order, count in zip(self.order, counts, strict=True)]
 
 
 @dataclass(frozen=True)

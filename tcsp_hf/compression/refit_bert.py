@@ -294,7 +294,7 @@ class BertRefit:
             q, k, v = (nn.functional.linear(mine, *part) for part in (query, key, value))
             contexts.write(group.rows, self._attend(q, k, v, group))
         equations, prior, free = self._writer_equations(
-            site + 1, basis, output, contexts.read, carried, next_dense, scales, self.full
+            site + 1, basis, output, contexts.read, carried, next_dense, scales
         )
         root = symmetric_root(self._metric(site + 1).cpu()).to(self.device)
         (equations, prior), turn, kept = cut_values(
@@ -325,6 +325,8 @@ class BertRefit:
         reading = self._reading(f"{name}.intermediate.dense", site)
         inner = self._through(self._decoder(site, basis, dense, carried), reading)
         output = self._linear(f"{name}.output.dense")
+        candidates = self.sizes.candidates(layer, self.neurons)
+        inner = inner[0][candidates], inner[1][candidates]
         gamma, beta = self._norm(site)
         next_dense, scales = self._stream(self.full), self._stream(1)
         for group in self._groups():
@@ -337,11 +339,12 @@ class BertRefit:
         def neurons_of(rows: slice) -> torch.Tensor:
             return self.activation(nn.functional.linear(carried.read(rows).to(self.device), *inner))
 
+        output = output[0][:, candidates], output[1]
         equations, prior, free = self._writer_equations(
-            site + 1, basis, output, neurons_of, carried, next_dense, scales, self.neurons
+            site + 1, basis, output, neurons_of, carried, next_dense, scales
         )
         root = symmetric_root(self._metric(site + 1).cpu()).to(self.device)
-        (equations, prior), kept = cut_filters((equations, prior), root, self.neurons, self.sizes.filters[layer])
+        (equations, prior), kept = cut_filters((equations, prior), root, len(candidates), self.sizes.filters[layer])
         inner = inner[0][kept], inner[1][kept]
         for kind, part in zip(("weight", "bias"), inner, strict=True):
             self._made(f"{name}.intermediate.dense.{kind}", part)
@@ -366,7 +369,6 @@ class BertRefit:
         carried: Stream,
         next_dense: Stream,
         scales: Stream,
-        inputs: int,
     ) -> tuple[NormalEquations, torch.Tensor, bool]:
         """Normal equations of the sum before norm `site` in D entries, its prior, and whether the residual is free.
 

@@ -206,16 +206,18 @@ class _Stack:
         written: Callable[[Group], torch.Tensor],
         activations: Callable[[Group], torch.Tensor],
         cut: Callable[[Any, torch.Tensor], tuple[Any, torch.Tensor | None]],
+        candidates: list[int] | slice = slice(None),
     ) -> tuple[Stream, Stream]:
         """Solve the output linear and move both streams on.
 
         Args:
+            candidates: which of the dense linear's inputs `activations` are.
             written: what the dense block adds to the dense stream, (tokens, D).
-            activations: the compressed block's inputs of the output linear, (tokens, inputs).
+            activations: the compressed block's inputs of the output linear, (tokens, candidates).
             cut: from a problem and the root of its metric, the smaller problem and the map or the indices of the
                 inputs that are left (None: all).
         """
-        output = read_tensor(block.output, "weight").to(self.device, torch.float64)
+        output = read_tensor(block.output, "weight").to(self.device, torch.float64)[:, candidates]
         prior = output.T @ self.encoder.double()
         equations = NormalEquations.zeros(output.shape[1], self.basis.size, self.device, bias=False)
         next_stream = self._stream(self.full)
@@ -253,13 +255,14 @@ class _Stack:
     ) -> tuple[Stream, Stream]:
         gamma = self._gamma(block.reads)
         dense_weights = [(weight * gamma).float() for weight in self._weights(block)]
-        mine = self._readers(self._weights(block), gamma, decoder)
+        number = self.numbers[block.writes]
+        candidates = self.sizes.candidates(number, self.neurons)
+        mine = [weight[candidates] for weight in self._readers(self._weights(block), gamma, decoder)]
         output = read_tensor(block.output, "weight").to(self.device, torch.float32)
-        keep = self.sizes.filters[self.numbers[block.writes]]
         found: dict[str, torch.Tensor] = {}
 
         def cut(problem: Any, root: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
-            smaller, kept = cut_filters(problem, root, self.neurons, keep)
+            smaller, kept = cut_filters(problem, root, len(candidates), self.sizes.filters[number])
             found["kept"] = kept
             return smaller, kept
 
@@ -270,6 +273,7 @@ class _Stack:
             lambda group: self._neurons(self._read(normalised, group), dense_weights) @ output.T,
             lambda group: self._neurons(self._read(carried, group), mine),
             cut,
+            candidates,
         )
         names = ("wi_0", "wi_1") if len(mine) > 1 else ("wi",)
         for name, weight in zip(names, mine, strict=True):
