@@ -1,6 +1,8 @@
 """Folders and files that appear whole or not at all."""
 
 import glob
+import json
+import math
 import os
 import shutil
 import sys
@@ -8,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import TCSPError
 
@@ -137,6 +140,19 @@ def write_whole(path: Path, text: str) -> None:
     finally:
         Path(name).unlink(missing_ok=True)
         _release(lock)
+
+
+def json_text(value: Any) -> str:
+    """JSON that any program reads: a number that is none (NaN, infinity) is null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # What a killed run leaves -------------------------------------------------------------------------------------------

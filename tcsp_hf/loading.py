@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
@@ -43,7 +44,7 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu", offload: 
             f"Weights that stay in their file are read for the CPU only, but device is {device!r}: load the model with "
             "from_pretrained(..., device_map=...) in Python, and give it to calibrate and compress."
         )
-    path = resolve_name(name)
+    path = find_source(name)
     if offload and Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
         raise TCSPError(f"{name!r} has no safetensors file to read layers from: save it again with save_pretrained.")
     try:
@@ -119,7 +120,7 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         TCSPError: it cannot be loaded, or there is none: transformers 5 makes one up, which knows no words.
     """
-    path = resolve_name(name)
+    path = find_source(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not _has_vocabulary(path, tokenizer):
@@ -154,6 +155,23 @@ def resolve_name(name: str) -> str:
     """
     name = os.path.expanduser(name)
     return demo_model_path() if name == DEMO_MODEL.split("/")[-1] and not Path(name).is_dir() else name
+
+
+def find_source(name: str) -> str:
+    """`resolve_name` of a name that is to be read.
+
+    Raises:
+        TCSPError: it is neither a file or folder nor what the Hub could call a repository.
+    """
+    path = resolve_name(name)
+    if not Path(path).exists():
+        try:
+            validate_repo_id(path)
+        except HFValidationError:
+            raise TCSPError(
+                f"There is no folder {path!r}: name the folder of a model, or its name on the Hub (owner/model)."
+            ) from None
+    return path
 
 
 def demo_model_path() -> str:

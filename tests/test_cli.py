@@ -341,3 +341,16 @@ def test_a_broken_connection_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(TCSPError, match="connection broke"):
         load_tokenizer("owner/name")
     assert ends_a_command(http.client.IncompleteRead(b""))
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "a/b/c"])
+def test_a_folder_that_is_not_there_is_named(name: str, texts: Path, tmp_path: Path) -> None:
+    expected = f"no folder '{name}'.*owner/model"
+    for command in (("inspect", name), ("compress", name, "--data", texts, "--remove", 0.4, "-o", tmp_path / "x")):
+        with pytest.raises(TCSPError, match=expected):
+            tcsp(*command)
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(TCSPError, match=expected):
+            load(name)
+    with pytest.raises(TCSPError, match=expected):
+        load_for_task(name, find_task("mrpc"))

@@ -1,13 +1,14 @@
 """Folders appear whole or not at all."""
 
 import errno
+import json
 import os
 import stat
 
 import pytest
 
 from tcsp_hf import TCSPError
-from tcsp_hf.files import check_output_file, check_output_folder, new_folder
+from tcsp_hf.files import check_output_file, check_output_folder, json_text, new_folder
 from tcsp_hf.loading import resolve_name
 
 
@@ -201,3 +202,8 @@ def test_the_home_directory_has_a_short_name(tmp_path, monkeypatch):
 def test_checking_touches_nothing(tmp_path):
     assert check_output_folder(tmp_path / "new" / "out", False) == tmp_path / "new" / "out"
     assert everything(tmp_path) == {}
+
+
+def test_json_of_a_number_that_is_none():
+    found = json_text({"kl": float("nan"), "rows": [(1.5, float("-inf"))], "name": "é"})
+    assert json.loads(found, parse_constant=pytest.fail) == {"kl": None, "rows": [[1.5, None]], "name": "é"}

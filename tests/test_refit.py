@@ -1,6 +1,7 @@
 """The closed forms of the refit against brute force, the search, and what both do for a whole model."""
 
 import importlib
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from tcsp_hf.compression.heads import score_factors, score_moments, value_factor
 from tcsp_hf.compression.least_squares import NormalEquations, Segments, add_gram, mirror, ridge, solve
 from tcsp_hf.compression.metrics import IDLE_WEIGHT, Metrics
 from tcsp_hf.compression.replay import Replay
-from tcsp_hf.compression.streams import PackedSample, Stream, padded_batches
+from tcsp_hf.compression.streams import PackedSample, Stream
 
 BERT = find("bert-ForSequenceClassification")
 T5 = find("t5-ForConditionalGeneration")
@@ -284,26 +285,27 @@ def test_a_search_serves_every_budget(case: Case, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("case", [BERT, T5], ids=str)
-def test_a_search_block_by_block_is_a_search_of_all_blocks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no room for all blocks' sums, the next ones start where the last ones ended."""
+def test_a_search_layer_by_layer_is_a_search_of_all_at_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer starts where the last one ended: none runs more often than in one pass."""
     dense = make_dense(case, torch.float32, **{"bert": {"num_hidden_layers": 4}, "t5": {"num_layers": 4}}[case.family])
     stats = calibrated(case, dense, sample_tokens=65_536)
-    first = next(block for block in blocks_of(dense) if block.attends)
-    runs: list[Any] = []
-    handle = first.output.register_forward_hook(lambda *_: runs.append(None))
+    runs: Counter[str] = Counter()
+    handles = [
+        block.output.register_forward_hook(lambda *_, name=block.writes: runs.update([name]))
+        for block in blocks_of(dense)
+    ]
 
-    def made() -> tuple[dict[str, torch.Tensor], int]:
+    def made() -> tuple[dict[str, torch.Tensor], Counter[str]]:
         runs.clear()
-        return compress(dense, stats, remove=0.3).state_dict(), len(runs)
+        return compress(dense, stats, remove=0.3).state_dict(), Counter(runs)
 
-    monkeypatch.setattr(NormalEquations, "room", staticmethod(lambda entries: 0))
-    whole, once = made()
-    monkeypatch.setattr(NormalEquations, "room", staticmethod(lambda entries: 2**60))
-    parts, again = made()
-    handle.remove()
+    parts, by_layer = made()
+    monkeypatch.setattr(CurveMeasure, "_portions", lambda self: iter([self.blocks]))
+    whole, at_once = made()
+    for handle in handles:
+        handle.remove()
     assert all(torch.equal(value, parts[name]) for name, value in whole.items()) and len(whole) == len(parts)
-    # every other block would make it run six times more
-    assert once < again <= once + 2 * len(padded_batches(stats.sample.sequences(), dense.device))
+    assert by_layer == at_once
 
 
 def test_six_parts_of_a_kind_are_cut_for_a_check_however_deep_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

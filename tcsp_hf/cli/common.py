@@ -1,7 +1,5 @@
 """What the commands share: options, tables, output."""
 
-import json
-import math
 import os
 import platform
 import shlex
@@ -21,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import TCSPError
-from ..files import new_folder
+from ..files import json_text, new_folder
 from ..loading import resolve_name
 from ..publish.card import shown_path
 
@@ -158,16 +156,8 @@ def this_machine() -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print what any program reads: a number that is none (NaN, infinity) is null."""
-    sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Print what any program reads."""
+    sys.stdout.write(json_text(value))
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], note: str | None = None) -> None:

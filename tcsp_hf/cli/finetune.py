@@ -1,6 +1,5 @@
 """`tcsp finetune` and `tcsp evaluate`."""
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..data.sources import first_rows, only_split
-from ..files import check_output_folder
+from ..files import check_output_folder, json_text
 from ..loading import load_model, load_tokenizer, resolve_name
 from ..tasks import TASKS, find_task, score
 from ..tasks.table import Task
@@ -147,7 +146,7 @@ def finetune_command(
             "steps": took.steps,
             "train_loss": took.loss,
         }
-        (staging / "results.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (staging / "results.json").write_text(json_text(summary), encoding="utf-8")
     if as_json:
         print_json({"output": str(output), **summary})
         return

@@ -14,7 +14,7 @@ from ..compression.compress import width_table
 from ..compression.subspace import spectrum
 from ..configuration_tcsp import TCSPConfig
 from ..errors import TCSPError
-from ..loading import UNREADABLE, model_class, resolve_name
+from ..loading import UNREADABLE, find_source, model_class
 from .common import JsonOption, ModelArgument, print_json, print_table
 
 
@@ -29,7 +29,7 @@ def inspect_command(
 
     Reads the configuration only; no weights are loaded.
     """
-    model = resolve_name(model)
+    model = find_source(model)
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except UNREADABLE as error:

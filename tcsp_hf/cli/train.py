@@ -1,6 +1,5 @@
 """`tcsp train`."""
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from ..compression import removed_fraction
 from ..data.sources import SQUAD_SETS, first_rows, load_data
 from ..errors import TCSPError
 from ..export.sentence_transformer import reranker_settings
-from ..files import check_output_folder
+from ..files import check_output_folder, json_text
 from ..loading import load_model, load_tokenizer, resolve_name
 from ..publish.card import write_card
 from ..publish.results import CardResults, Evaluation
@@ -221,7 +220,7 @@ def train_command(
             "steps": took.steps,
             "train_loss": took.loss,
         }
-        (staging / "results.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (staging / "results.json").write_text(json_text(summary), encoding="utf-8")
         measured: tuple[Evaluation, ...] = ()
         if chosen is not None and data is None:
             part = None if eval_samples is None or held_out is None else len(held_out)

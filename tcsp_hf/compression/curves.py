@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from ..architectures import Block, blocks_of, family_of, sites_of
 from ..calibration import Calibration
 from ..calibration.divergence import divergence, model_inputs
 from ..modes import evaluating
-from ..offload import device_of, is_offloaded, read_tensor
+from ..offload import device_of, read_tensor
 from .check import objective_name, probe_sequences
 from .filters import drop_inputs
 from .heads import drop_heads, inverse_root, score_moments
@@ -45,7 +45,6 @@ _PROBE_TOKENS = 1024
 _PROBE_BATCH = 512  # small batches of like lengths: there are few sequences, and padding would be most of it
 _SCALE_LIMIT = 100.0
 _CHECKED = 6  # of the like curves of a deep model; the others' scale is taken from their neighbours
-_OFFLOADED_SHARE = 4
 
 
 @dataclass
@@ -230,26 +229,13 @@ class CurveMeasure:
     # --- blocks ------------------------------------------------------------------------------------------------
 
     def _portions(self) -> Iterator[list[Block]]:
-        """Blocks whose normal equations, and the rows that wait for them, fit into the memory of the dense model's own
-        weights."""
-        wanted = [b for b in self.blocks if self._is_measured(b)]
-        rest = [b for b in self.blocks if b not in wanted]
-        room = sum(p.numel() for p in self.dense.parameters()) * 4
-        if is_offloaded(self.dense):
-            room //= _OFFLOADED_SHARE  # more passes, but the weights' own room is what there is not
-        portion: list[Block] = []
-        used = 0
-        for block in wanted:
-            size = NormalEquations.room(self._inputs(block))
-            if portion and used + size > room:
-                yield portion
-                portion, used = [], 0
-            portion.append(block)
-            used += size
-        if portion:
-            yield portion
-        if rest:
-            yield rest
+        """The blocks of one layer at a time: more normal equations than theirs are never held. Then those of which
+        nothing is measured."""
+        wanted = [block for block in self.blocks if self._is_measured(block)]
+        for _, blocks in groupby(wanted, key=lambda block: (block.stack, block.layer)):
+            yield list(blocks)
+        if len(wanted) < len(self.blocks):
+            yield [block for block in self.blocks if block not in wanted]
 
     def _inputs(self, block: Block) -> int:
         """Regressors of a block's output: its activations and, in a BERT, the stream and a constant."""

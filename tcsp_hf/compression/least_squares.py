@@ -137,11 +137,6 @@ class NormalEquations:
             bias,
         )
 
-    @staticmethod
-    def room(entries: int) -> int:
-        """Bytes of one fold's moments and of the rows that wait to be added to them."""
-        return 8 * entries**2 + 4 * _BLOCK * entries
-
     def add(
         self,
         parts: Sequence[torch.Tensor],

@@ -15,7 +15,10 @@ from ..offload import put_forward_back
 
 
 class Layers:
-    """The layers of a model, its encoder's before its decoder's."""
+    """The layers of a model, its encoder's before its decoder's.
+
+    The norm at the end of a BERT's layer counts to the next one: what is kept of a layer is what that norm reads.
+    """
 
     def __init__(self, dense: PreTrainedModel) -> None:
         family, _ = family_of(dense)
@@ -24,9 +27,12 @@ class Layers:
         groups = [list(stack.layer if family == "bert" else stack.block) for stack in stacks]
         self._layers: list[Any] = [layer for group in groups for layer in group]
         self._ends = list(accumulate(len(group) for group in groups))
+        self._norms: list[Any] = [layer.output.LayerNorm if family == "bert" else None for layer in self._layers]
         self._position = {module: i for i, layer in enumerate(self._layers) for module in layer.modules()}
         if family == "t5":  # the last norm of a stack comes behind its layers
             self._position |= {stack.final_layer_norm: end for stack, end in zip(stacks, self._ends, strict=True)}
+        else:
+            self._position |= {norm: i + 1 for i, norm in enumerate(self._norms)}
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -44,16 +50,27 @@ class Layers:
 
     @contextmanager
     def keeping(self, indices: Iterable[int]) -> Iterator[dict[int, Any]]:
-        """Within, a forward pass leaves here what these layers return."""
+        """Within, a forward pass leaves here what `starting_at` needs of these layers."""
         outputs: dict[int, Any] = {}
 
-        def keep(i: int) -> Any:
+        def keep_sum(i: int) -> Any:
+            def hook(_module: Any, args: Any) -> None:
+                outputs[i] = args[0]
+
+            return hook
+
+        def keep_output(i: int) -> Any:
             def hook(_module: Any, _args: Any, output: Any) -> None:
                 outputs[i] = output
 
             return hook
 
-        handles = [self._layers[i].register_forward_hook(keep(i)) for i in indices]
+        handles = [
+            self._layers[i].register_forward_hook(keep_output(i))
+            if self._norms[i] is None
+            else self._norms[i].register_forward_pre_hook(keep_sum(i))
+            for i in indices
+        ]
         try:
             yield outputs
         finally:
@@ -64,15 +81,16 @@ class Layers:
     def starting_at(self, first: int, outputs: dict[int, Any]) -> Iterator[None]:
         """Within, layers before `first` return what is known instead of working."""
 
-        def returning(output: Any) -> Any:
-            return lambda *_args, **_kwargs: output
+        def returning(i: int, last: int) -> Any:
+            norm = self._norms[i] if i == last else None
+            return lambda *_args, **_kwargs: outputs[last] if norm is None else norm(outputs[last])
 
         skipped = self._layers[:first]
         own = [vars(layer).get("forward") for layer in skipped]
         needed = self.before(first)
         try:
             for i, layer in enumerate(skipped):
-                layer.forward = returning(outputs[next(last for last in needed if last >= i)])
+                layer.forward = returning(i, next(last for last in needed if last >= i))
             yield
         finally:
             for layer, forward in zip(skipped, own, strict=True):

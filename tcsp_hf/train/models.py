@@ -15,7 +15,7 @@ from transformers import (
 
 from ..architectures import family_of
 from ..errors import TCSPError, ends_a_command
-from ..loading import UNREADABLE, check_shards, load_model
+from ..loading import UNREADABLE, check_shards, find_source, load_model
 from ..tasks.table import CLASSIFICATION, SPANS, TEXT, Task
 
 _PRETRAINED = [("bert", head) for head in ("Model", "ForMaskedLM", "ForPreTraining", "ForNextSentencePrediction")]
@@ -40,8 +40,9 @@ def load_for_task(
     Raises:
         TCSPError: the checkpoint cannot be read, or cannot answer in this form.
     """
+    path = find_source(name)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         chosen = form or default_form(config, task)
         if chosen not in (task.form, TEXT):
             raise TCSPError(f"form is {chosen!r}; {task.name!r} allows {task.form!r} and {TEXT!r}.")
@@ -65,12 +66,12 @@ def load_for_task(
             TEXT: AutoModelForSeq2SeqLM,
         }[chosen]
         if random_weights:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **fields)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False, **fields)
             model = loader.from_config(config, dtype=torch.float32)
         else:
-            check_shards(Path(name))
+            check_shards(Path(path))
             fields |= {"ignore_mismatched_sizes": True, "trust_remote_code": False}
-            model = loader.from_pretrained(name, dtype="float32", **fields)
+            model = loader.from_pretrained(path, dtype="float32", **fields)
     except TCSPError:
         raise
     except (*UNREADABLE, RuntimeError) as error:

@@ -1,6 +1,5 @@
 """`tcsp bench latency`."""
 
-import json
 import os
 import platform
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from ...evaluation.latency_models import (
     sizes_like,
 )
 from ...evaluation.latency_report import as_rows, columns, heads, markdown, missed, row
-from ...files import check_output_file, check_output_folder, new_folder
+from ...files import check_output_file, check_output_folder, json_text, new_folder
 from ...loading import DTYPES, load_model
 from ...plots import PICTURES, latency_picture, pictures_possible, require_matplotlib
 from ..common import (
@@ -249,7 +248,7 @@ def latency_command(
     ]
     if output is not None:
         with new_folder(output) as folder:
-            (folder / "grid.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            (folder / "grid.json").write_text(json_text(report), encoding="utf-8")
             (folder / "grid.md").write_text(markdown(title, grid, notes), encoding="utf-8")
             if pictures_possible():
                 latency_picture(folder / "grid.png", grid, title)

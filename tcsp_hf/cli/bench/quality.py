@@ -1,6 +1,5 @@
 """`tcsp bench quality`."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +21,7 @@ from ...evaluation.quality import (
     shortfalls,
 )
 from ...evaluation.quality_report import cells, columns, curves, markdown, notes
-from ...files import write_whole
+from ...files import json_text, write_whole
 from ...plots import pictures_possible, quality_picture
 from ...tasks import TASKS, find_task
 from ..common import DeviceOption, JsonOption, QuietOption, print_json, print_table, progress_of
@@ -93,7 +92,7 @@ def quality_command(
     remarks = notes(dense, rows, plan.latency, short)
     title = f"{model} on {task}"
     result: dict[str, Any] = {**identity, "dense": dense, "rows": rows, "shortfalls": short}
-    write_whole(output / RESULTS, json.dumps(result, indent=2) + "\n")
+    write_whole(output / RESULTS, json_text(result))
     write_whole(output / TABLE, markdown(title, dense, rows, remarks))
     points = curves(rows)
     if points and pictures_possible():
