@@ -15,11 +15,17 @@ def _malloc_trim() -> Any:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
-def give_back(freed: int) -> None:
-    """Give freed memory back to the system, where matrices of `freed` bytes came and went.
+def trim() -> None:
+    """Give freed memory back to the system.
 
     glibc keeps the pages of what was freed from its heap, blocks of up to 32 MB among them.
     """
-    trim = _malloc_trim()
-    if freed >= _WORTH and trim is not None:
-        trim(0)
+    found = _malloc_trim()
+    if found is not None:
+        found(0)
+
+
+def give_back(freed: int) -> None:
+    """`trim` where matrices of `freed` bytes came and went."""
+    if freed >= _WORTH:
+        trim()

@@ -8,6 +8,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from ..compression.memory import trim
 from ..compression.streams import GROUP_TOKENS
 
 _INTERVAL = 0.01
@@ -40,6 +41,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self.start = torch.cuda.memory_allocated(self._device)
         else:
+            trim()  # holes of earlier work would take what is new
             self._read()
             self.start = self.peak
             self._thread.start()
