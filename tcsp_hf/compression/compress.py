@@ -160,6 +160,7 @@ def _smaller(
         bases = _cut_bases(stats, builder, spectrum_of, sizes)
         tensors = (bert if family == "bert" else t5).project(model, bases)
         small = builder.build(_kept(bases), stats, sizes, None, tensors, record)
+    give_back(sum(parameter.nbytes for parameter in small.parameters()))
     measured = measured_loss(model, small, stats)
     if measured is not None:
         small.config.projection["options"]["measured_kl"] = round(measured, 8)

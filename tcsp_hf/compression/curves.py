@@ -30,11 +30,11 @@ from .check import objective_name, probe_sequences
 from .filters import drop_inputs
 from .heads import drop_heads, inverse_root, score_moments
 from .least_squares import HELD_OUT_EVERY, NormalEquations, damped_inverse, solve
-from .memory import give_back
+from .memory import Growth, give_back
 from .metrics import Metrics
 from .plan import Costs, LossCurves, filter_step
 from .replay import Replay
-from .streams import padded_batches
+from .streams import GROUP_TOKENS, padded_batches
 from .subspace import SpectrumOf
 
 _ROWS_PER_INPUT = 4  # tokens for every regressor in the curves' normal equations
@@ -129,6 +129,7 @@ class CurveMeasure:
         wanted = _ROWS_PER_INPUT * (costs.neurons + costs.full)
         self.batches = padded_batches(_first(fit, wanted), self.device)
         self.metrics = Metrics(dense, stats, self.probe)
+        self.growth = Growth(GROUP_TOKENS, costs.neurons + costs.full)
         count = len(rows) or 1
         self.lengths = {
             "encoder": sum(len(row["input_ids"]) for row in rows) / count,
@@ -297,13 +298,14 @@ class CurveMeasure:
             else:
                 stack.callback(last.register_forward_pre_hook(stop).remove)
             for i, batch in enumerate(self.batches):
-                seen.clear()
                 outputs.clear()
                 with self.layers.starting_at(first, self.known[i]), suppress(_Enough):
                     self.dense(**model_inputs(self.dense, batch))
                 self.known[i] = {layer: outputs.get(layer, self.known[i].get(layer)) for layer in kept}
                 for block in measured:
                     self._add(block, records[block.writes], seen, scales[block.writes], batch)
+                seen.clear()
+                self.growth.look()
         return records
 
     def _add(

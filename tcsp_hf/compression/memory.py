@@ -5,8 +5,12 @@ import sys
 from functools import cache
 from typing import Any
 
+import psutil
+
 _WORTH = 4 * 2**20
 """Bytes: holes of smaller matrices are used again soon, and looking through the heap takes a millisecond or more."""
+
+_BATCHES = 6  # one batch alone comes to four such matrices, and they are wanted again at once
 
 
 @cache
@@ -29,3 +33,25 @@ def give_back(freed: int) -> None:
     """`trim` where matrices of `freed` bytes came and went."""
     if freed >= _WORTH:
         trim()
+
+
+class Growth:
+    """Gives freed memory back whenever the process has grown by some batches' rows since the last time.
+
+    Tensors of ever other sizes leave holes that the next ones do not fit into.
+    """
+
+    def __init__(self, rows: int, entries: int) -> None:
+        """rows, entries: of a batch, float32. Nothing is watched where it is small."""
+        self._bound = _BATCHES * 4 * rows * entries
+        self._process = psutil.Process() if self._bound >= _WORTH and _malloc_trim() is not None else None
+        self._start = self._resident()
+
+    def _resident(self) -> int:
+        return 0 if self._process is None else int(self._process.memory_info().rss)
+
+    def look(self) -> None:
+        """Between two batches, when nothing of the last one is in use."""
+        if self._resident() - self._start > self._bound:
+            trim()
+            self._start = self._resident()

@@ -28,10 +28,10 @@ from ..offload import device_of
 from .cuts import cut_filters, cut_values, head_rows
 from .heads import score_factors, score_moments
 from .least_squares import NormalEquations, ridge
-from .memory import give_back
+from .memory import Growth, give_back
 from .metrics import Metrics
 from .plan import Sizes
-from .streams import Group, PackedSample, Stream
+from .streams import GROUP_TOKENS, Group, PackedSample, Stream
 from .subspace import Basis, Kept, balanced_spectrum, make_basis, pca_spectrum, symmetric_root
 from .weights import DenseWeights, Tensors
 
@@ -97,6 +97,7 @@ class BertRefit:
         self.kind = subspace
         self.epsilon = epsilon
         self.fixed = fixed
+        self.growth = Growth(GROUP_TOKENS, self.neurons + self.full)
         self.site_names = [name for name in stats.sites if name != "mlm_head"]
         self.bar = tqdm(
             total=2 * self.layers, unit="block", desc="refit", disable=None if progress is None else not progress
@@ -192,7 +193,9 @@ class BertRefit:
     # --- the compressed model, block by block ------------------------------------------------------------------
 
     def _groups(self) -> Iterator[Group]:
-        yield from self.sample.groups
+        for group in self.sample.groups:
+            yield group
+            self.growth.look()
 
     def _stream(self, width: int) -> Stream:
         return Stream(self.sample.tokens, width)
