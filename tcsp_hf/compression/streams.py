@@ -11,7 +11,7 @@ from torch import nn
 from ..calibration.sample import NAMES, column_of
 from .least_squares import HELD_OUT_EVERY
 
-GROUP_TOKENS = 2048
+GROUP_TOKENS = 1024
 
 
 @dataclass(frozen=True)
