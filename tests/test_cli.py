@@ -110,7 +110,7 @@ def test_refusals_come_before_any_work(dense: Path, texts: Path, tmp_path: Path)
         tcsp("compress", dense, "-o", tmp_path / "x")
     with pytest.raises(TCSPError, match="no data"):
         tcsp("calibrate", dense, "--data", "nowhere", "-o", tmp_path / "x")
-    with pytest.raises(TCSPError, match="cannot be loaded"):
+    with pytest.raises(TCSPError, match="no folder"):
         tcsp("calibrate", tmp_path / "empty", "--data", texts, "-o", tmp_path / "x")
     with pytest.raises(TCSPError, match="dtype"):
         tcsp("calibrate", dense, "--data", texts, "-o", tmp_path / "x", "--dtype", "int8")
