@@ -10,8 +10,8 @@ reproduces what the dense model computes there, from what the compressed model r
 - the next site's subspace is chosen from what this regression can predict (reduced-rank regression), the new norm's
   constant by least squares.
 
-Feed-forward neurons are dropped by the optimal brain surgeon and heads are narrowed with the same normal equations,
-before each writer is solved: cut, re-solve, go on.
+Feed-forward neurons are dropped by the optimal brain surgeon (those first that the search doomed) and heads are
+narrowed with the same normal equations, before each writer is solved: cut, re-solve, go on.
 """
 
 from collections.abc import Callable, Iterator
