@@ -297,7 +297,7 @@ class CurveMeasure:
                 stack.callback(self.layers[kept[-1]].register_forward_hook(stop).remove)
             else:
                 stack.callback(last.register_forward_pre_hook(stop).remove)
-            for i, batch in enumerate(self.batches):
+            for i, batch in enumerate(self.growth.between(self.batches)):
                 outputs.clear()
                 with self.layers.starting_at(first, self.known[i]), suppress(_Enough):
                     self.dense(**model_inputs(self.dense, batch))
@@ -305,7 +305,6 @@ class CurveMeasure:
                 for block in measured:
                     self._add(block, records[block.writes], seen, scales[block.writes], batch)
                 seen.clear()
-                self.growth.look()
         return records
 
     def _add(

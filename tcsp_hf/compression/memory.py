@@ -2,13 +2,16 @@
 
 import ctypes
 import sys
+from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
 _WORTH = 4 * 2**20
 """Bytes: holes of smaller matrices are used again soon, and looking through the heap takes a millisecond or more."""
+
+_Item = TypeVar("_Item")
 
 _BATCHES = 6  # one batch alone comes to four such matrices, and they are wanted again at once
 
@@ -50,8 +53,13 @@ class Growth:
     def _resident(self) -> int:
         return 0 if self._process is None else int(self._process.memory_info().rss)
 
-    def look(self) -> None:
-        """Between two batches, when nothing of the last one is in use."""
+    def between(self, batches: Iterable[_Item]) -> Iterator[_Item]:
+        """The same batches; looks at the process between them, when nothing of the last one is in use."""
+        for batch in batches:
+            yield batch
+            self._look()
+
+    def _look(self) -> None:
         if self._resident() - self._start > self._bound:
             trim()
             self._start = self._resident()

@@ -14,7 +14,7 @@ Feed-forward neurons are dropped by the optimal brain surgeon (those first that 
 narrowed with the same normal equations, before each writer is solved: cut, re-solve, go on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -192,11 +192,6 @@ class BertRefit:
 
     # --- the compressed model, block by block ------------------------------------------------------------------
 
-    def _groups(self) -> Iterator[Group]:
-        for group in self.sample.groups:
-            yield group
-            self.growth.look()
-
     def _stream(self, width: int) -> Stream:
         return Stream(self.sample.tokens, width)
 
@@ -213,7 +208,7 @@ class BertRefit:
         encoder = basis.encoder.to(self.device, torch.float32)
         for name in names:
             self._made(name, self.weights.table(f"{self.prefix}{name}", basis.encoder, centred=True))
-        for group in self._groups():
+        for group in self.growth.between(self.sample.groups):
             rows = group.rows
             ids = (self.sample.input_ids[rows], self.sample.positions[rows], self.sample.token_type_ids[rows])
             parts = [table[i.to(table.device)].to(self.device) for table, i in zip(tables, ids, strict=True)]
@@ -227,7 +222,7 @@ class BertRefit:
         """Normalise the new sums y and fit the norm's constant; returns z."""
         encoder = basis.encoder.to(self.device, torch.float32)
         product = square = 0.0
-        for group in self._groups():
+        for group in self.growth.between(self.sample.groups):
             unit = self._unit(self._read(sums, group), basis)
             target = self._read(dense, group) @ encoder
             weights = self._token_weights(site, group).unsqueeze(1)
@@ -235,7 +230,7 @@ class BertRefit:
             square += float((weights * unit.square()).sum(dtype=torch.float64))
         constant = product / square if square > 0 else 1.0
         carried = self._stream(basis.size)
-        for group in self._groups():
+        for group in self.growth.between(self.sample.groups):
             carried.write(group.rows, constant * self._unit(self._read(sums, group), basis))
         sums.close()
         self._made(f"{norm}.weight", torch.full((basis.size,), constant, dtype=torch.float32))
@@ -250,7 +245,7 @@ class BertRefit:
     def _decoder(self, site: int, basis: Basis, dense: Stream, carried: Stream) -> torch.Tensor:
         """(k + 1, D) float64: n ~ [z, 1] @ decoder."""
         equations = NormalEquations.zeros(basis.size, self.full, self.device)
-        for group in self._groups():
+        for group in self.growth.between(self.sample.groups):
             inputs, target = [self._read(carried, group)], self._read(dense, group)
             self._add(equations, site, group, inputs, target, self._token_weights(site, group))
         prior = torch.cat([basis.decoder.T, torch.zeros(1, self.full, dtype=torch.float64)]).to(self.device)
@@ -271,7 +266,7 @@ class BertRefit:
         moments = [torch.zeros(self.heads, self.head_size, self.head_size, dtype=torch.float64) for _ in range(2)]
         next_dense, scales = self._stream(self.full), self._stream(1)
         gamma, beta = self._norm(site)
-        for group in self._groups():
+        for group in self.growth.between(self.sample.groups):
             stream = self._read(dense, group)
             q, k, v = (nn.functional.linear(stream, *reading) for reading in readings)
             context = self._attend(q, k, v, group)
@@ -292,7 +287,7 @@ class BertRefit:
             )
 
         contexts = self._stream(self.full)
-        for group in self._groups():
+        for group in self.growth.between(self.sample.groups):
             mine = self._read(carried, group)
             q, k, v = (nn.functional.linear(mine, *part) for part in (query, key, value))
             contexts.write(group.rows, self._attend(q, k, v, group))
@@ -332,7 +327,7 @@ class BertRefit:
         inner = inner[0][candidates], inner[1][candidates]
         gamma, beta = self._norm(site)
         next_dense, scales = self._stream(self.full), self._stream(1)
-        for group in self._groups():
+        for group in self.growth.between(self.sample.groups):
             stream = self._read(dense, group)
             neurons = self.activation(nn.functional.linear(stream, *reading))
             normalised, scale = self._normalise(nn.functional.linear(neurons, *output) + gamma * stream + beta)
@@ -388,7 +383,7 @@ class BertRefit:
         prior = prior - prior.mean(1, keepdim=True)
         give_back(8 * len(prior) ** 2)  # what the passes before this left, before the sums
         equations = NormalEquations.zeros(prior.shape[0] - 1, self.full, self.device)
-        for group in self._groups():
+        for group in self.growth.between(self.sample.groups):
             rows = group.rows
             scale = self._read(scales, group)
             target = self._read(next_dense, group) * scale
@@ -434,7 +429,7 @@ class BertRefit:
         self._made(f"{name}.residual.weight", gamma if free else written[inputs:-1].T)
         weights = written.float()
         sums = self._stream(basis.size)
-        for group in self._groups():
+        for group in self.growth.between(self.sample.groups):
             mine = self._read(carried, group)
             total = block(group.rows).to(self.device) @ weights[:inputs] + weights[-1]
             total += mine * gamma if free else mine @ weights[inputs:-1]

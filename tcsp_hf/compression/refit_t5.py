@@ -7,7 +7,7 @@ stream seen from the subspace: what earlier blocks got wrong, later ones make up
 stream's norm. Filters go by the optimal brain surgeon, heads are dropped and narrowed, with the same normal equations.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,11 +135,6 @@ class _Stack:
         module = {"attention": "SelfAttention", "cross": "EncDecAttention", "ffn": "DenseReluDense"}[block.kind]
         return f"{self.prefix}.block.{block.layer}.layer.{position}.{module}"
 
-    def _groups(self) -> Iterator[Group]:
-        for group in self.sample.groups:
-            yield group
-            self.growth.look()
-
     def _stream(self, width: int) -> Stream:
         return Stream(self.sample.tokens, width)
 
@@ -152,7 +147,7 @@ class _Stack:
     def _embed(self) -> tuple[Stream, Stream]:
         table = read_tensor(self.dense.get_input_embeddings(), "weight")
         stream, own = self._stream(self.full), self._stream(self.basis.size)
-        for group in self._groups():
+        for group in self.growth.between(self.sample.groups):
             rows = table[self.sample.input_ids[group.rows].to(table.device)].to(self.device, torch.float32)
             stream.write(group.rows, rows)
             own.write(group.rows, rows @ self.encoder)
@@ -163,7 +158,7 @@ class _Stack:
         normalised, carried = self._stream(self.full), self._stream(self.basis.size)
         product = torch.zeros(self.basis.size, dtype=torch.float64, device=self.device)
         square = torch.zeros_like(product)
-        for group in self._groups():
+        for group in self.growth.between(self.sample.groups):
             dense = self._read(stream, group)
             dense = dense / self._rms(dense, self.eps)
             mine = self._read(own, group)
@@ -177,7 +172,7 @@ class _Stack:
             self.result.scales[self.stack] = torch.where(square > 0, product / square, 1.0).cpu()
         self.result.tensors[self._norm_name(name)] = torch.full((self.basis.size,), constant, dtype=torch.float64)
         equations = NormalEquations.zeros(self.basis.size, self.full, self.device, bias=False)
-        for group in self._groups():
+        for group in self.growth.between(self.sample.groups):
             mine = constant * self._read(carried, group)
             carried.write(group.rows, mine)
             ones = torch.ones(len(mine), device=self.device)
@@ -228,7 +223,7 @@ class _Stack:
         prior = output.T @ self.encoder.double()
         equations = NormalEquations.zeros(output.shape[1], self.basis.size, self.device, bias=False)
         next_stream = self._stream(self.full)
-        for group in self._groups():
+        for group in self.growth.between(self.sample.groups):
             after = self._read(stream, group) + written(group)
             next_stream.write(group.rows, after)
             weights = self._rms(after, self.eps).squeeze(-1).square().reciprocal()
@@ -242,7 +237,7 @@ class _Stack:
         self.result.tensors[f"{self._block_name(block)}.{kind}.weight"] = solution.T.cpu()
         weight = solution.float()
         next_own = self._stream(self.basis.size)
-        for group in self._groups():
+        for group in self.growth.between(self.sample.groups):
             inputs = activations(group)
             if left is not None:
                 inputs = inputs @ left.float().T if left.is_floating_point() else inputs[:, left]
@@ -354,7 +349,7 @@ class _Stack:
             )
         output = read_tensor(block.output, "weight").to(self.device, torch.float32)
         contexts = self._stream(self.heads * self.head_size)
-        for group in self._groups():
+        for group in self.growth.between(self.sample.groups):
             states = self._read(carried, group)
             contexts.write(group.rows, self._context(self._heads_of(block, group, True, states, mine)))
         found: dict[str, Any] = {}
@@ -390,7 +385,7 @@ class _Stack:
         self, block: Block, carried: Stream, mine: list[torch.Tensor], size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         moments = [torch.zeros(self.heads, self.head_size, self.head_size, dtype=torch.float64) for _ in range(2)]
-        for group in self._groups():
+        for group in self.growth.between(self.sample.groups):
             query, key, _, bias = self._heads_of(block, group, True, self._read(carried, group), mine)
             scores = query @ key.mT
             attention = (scores if bias is None else scores + bias).softmax(-1)
