@@ -289,7 +289,9 @@ def test_a_class_that_is_unknown_is_no_bare_model(dense: Path, named: Any, tmp_p
 
 
 def test_data_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(load_data("squad-sample")) == 400
+    carried = load_data("squad-sample")
+    assert len(carried) == len(set(carried)) == 1618 and carried == load_data("squad-sample")
+    assert sum(len(text) < 300 for text in carried[:200]) > 180, "sentences, with some paragraphs among them"
     (tmp_path / "glue" / "sst2").mkdir(parents=True)
     (tmp_path / "glue" / "sst2" / "train.json").write_text('{"sentence": "good", "label": 1}\n')
     monkeypatch.setenv("TCSP_DATA_DIR", str(tmp_path))

@@ -20,6 +20,7 @@ SAMPLE = "squad-sample"
 MIX = "squad-mix"
 TEXTS = "squad-texts"
 _PARAGRAPHS, _SENTENCES, _QUESTIONS = 150, 1000, 850
+_WHOLE = 60  # paragraphs of the packaged sample; the others come sentence by sentence
 _TEXT_COLUMNS = (
     "sentence1",
     "sentence2",
@@ -39,9 +40,9 @@ def load_data(name: str, split: str = "train") -> Any:
     """A `datasets.Dataset`, or a list of strings for the packaged sample.
 
     Args:
-        name: `"squad-sample"` (carried in the package), `"squad-mix"` (short, varied texts out of SQuAD, to calibrate
-            on), `"squad-texts"` (all its paragraphs, sentences and questions, to train on), a GLUE task (`"sst2"`),
-            `"squad"`, `"squad_v2"`, a file (.parquet, .json, .jsonl, .csv, .txt), a folder of such files, or any
+        name: `"squad-sample"` (1,618 sentences and paragraphs that the package carries), `"squad-mix"` (2,000 short,
+            varied texts out of SQuAD, to calibrate on), `"squad-texts"` (all its paragraphs, sentences and questions,
+            to train on), a GLUE task (`"sst2"`), `"squad"`, `"squad_v2"`, a file (.parquet, .json, .jsonl, .csv, .txt), a folder of such files, or any
             dataset name of the Hub (`"owner/name"` or `"owner/name:config"`). Names joined with `+` give single texts
             of all of them in turn, so that any number of leading ones has an equal share of each (a name that stands
             twice has two shares).
@@ -51,7 +52,7 @@ def load_data(name: str, split: str = "train") -> Any:
         TCSPError: nothing was found; the message says what was looked for.
     """
     if name == SAMPLE:
-        return load_squad_sample().calibration
+        return sample_texts(load_squad_sample().calibration)
     if name == MIX:
         return mixed_texts(load_data("squad", split))
     if name == TEXTS:
@@ -132,6 +133,15 @@ def mixed_texts(data: Any, seed: int = 0) -> list[str]:
         else:
             break
     return paragraphs + sentences + questions
+
+
+def sample_texts(paragraphs: Sequence[str], seed: int = 0) -> list[str]:
+    """The first paragraphs whole and every sentence of the others, shuffled by the seed: many short, varied texts
+    teach more than few long ones."""
+    texts = list(paragraphs[:_WHOLE])
+    texts += dict.fromkeys(sentence for paragraph in paragraphs[_WHOLE:] for sentence in _sentences(paragraph))
+    random.Random(seed).shuffle(texts)
+    return texts
 
 
 def all_texts(data: Any, seed: int = 0) -> list[str]:
