@@ -42,10 +42,10 @@ def load_data(name: str, split: str = "train") -> Any:
     Args:
         name: `"squad-sample"` (1,618 sentences and paragraphs that the package carries), `"squad-mix"` (2,000 short,
             varied texts out of SQuAD, to calibrate on), `"squad-texts"` (all its paragraphs, sentences and questions,
-            to train on), a GLUE task (`"sst2"`), `"squad"`, `"squad_v2"`, a file (.parquet, .json, .jsonl, .csv, .txt), a folder of such files, or any
-            dataset name of the Hub (`"owner/name"` or `"owner/name:config"`). Names joined with `+` give single texts
-            of all of them in turn, so that any number of leading ones has an equal share of each (a name that stands
-            twice has two shares).
+            to train on), a GLUE task (`"sst2"`), `"squad"`, `"squad_v2"`, a file (.parquet, .json, .jsonl, .csv,
+            .txt), a folder of such files, or any dataset name of the Hub (`"owner/name"` or `"owner/name:config"`).
+            Names joined with `+` give single texts of all of them in turn, so that any number of leading ones has an
+            equal share of each (a name that stands twice has two shares).
         split: which split; of a folder the file that is called so, of a single file "train" or the file's own name.
 
     Raises:
