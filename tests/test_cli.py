@@ -76,10 +76,24 @@ def test_calibrate_compress_inspect(dense: Path, texts: Path, tmp_path: Path) ->
         assert tcsp(*words).strip()
 
 
-def test_compress_without_statistics_calibrates_first(dense: Path, texts: Path, tmp_path: Path) -> None:
+def test_compress_without_statistics_calibrates_first(
+    dense: Path, texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     found = json.loads(tcsp("compress", dense, "--data", texts, "--energy", 0.9, "-o", tmp_path / "e", "--json"))
+    assert "--data" not in caplog.text
     assert found["parameters"]["before"] > 0
     assert len({site["hidden_size"] for site in found["projection"]["sites"]}) >= 1
+
+
+def test_left_out_data_is_said(dense: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    few = ("--max-sequences", 20, "--json")
+    tcsp("calibrate", dense, "-o", tmp_path / "stats", *few)
+    assert "--data with some 2,000 texts" in caplog.text
+    caplog.clear()
+    tcsp("compress", dense, "--stats", tmp_path / "stats", "--hidden-size", 16, "-o", tmp_path / "a", "--json")
+    assert "--data" not in caplog.text, "nothing is calibrated"
+    tcsp("compress", dense, "--hidden-size", 16, "-o", tmp_path / "b", *few)
+    assert "--data with some 2,000 texts" in caplog.text
 
 
 def test_demo_on_a_tiny_encoder(tmp_path: Path) -> None:

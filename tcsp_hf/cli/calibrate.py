@@ -25,6 +25,7 @@ from .common import (
     SplitOption,
     check_outside,
     columns_of,
+    doubt_default_data,
     print_json,
     print_table,
     progress_of,
@@ -32,6 +33,7 @@ from .common import (
 
 
 def calibrate_command(
+    context: typer.Context,
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the statistics.")],
     data: DataOption = SAMPLE,
@@ -76,6 +78,8 @@ def calibrate_command(
     check_outside("--checkpoint", checkpoint, output)
     columns = columns_of(text_columns)
     with launched() as first:
+        if first:
+            doubt_default_data(context)
         texts = load_data(data, split)
         dense = load_model(model, dtype, device_of_this_process(device), offload)
         stats = calibrate_on_ranks(

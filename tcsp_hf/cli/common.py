@@ -1,5 +1,6 @@
 """What the commands share: options, tables, output."""
 
+import logging
 import os
 import platform
 import shlex
@@ -23,14 +24,16 @@ from ..files import json_text, new_folder
 from ..loading import resolve_name
 from ..publish.card import shown_path
 
+logger = logging.getLogger("tcsp_hf")
+
 ModelArgument = Annotated[str, typer.Argument(help="Name on the Hub, or a folder.", show_default=False)]
 DataOption = Annotated[
     str,
     typer.Option(
         "--data",
         help="Text to calibrate on: a file (.parquet, .json, .csv, .txt), a folder of splits, a GLUE task (sst2), "
-        "squad, a Hub dataset (owner/name or owner/name:config), or squad-sample (carried in the package). Labels are "
-        "never read.",
+        "squad, a Hub dataset (owner/name or owner/name:config), squad-mix (short texts out of SQuAD), or squad-sample "
+        "(carried in the package); several joined with +. Labels are never read.",
     ),
 ]
 SplitOption = Annotated[str, typer.Option(help="Split of the data.")]
@@ -142,6 +145,16 @@ def check_inputs(output: Path, models: dict[str, str | None], others: dict[str, 
                 raise TCSPError(
                     f"{option} {value} is in the output folder {output}, which is written anew: name another one."
                 )
+
+
+def doubt_default_data(context: typer.Context) -> None:
+    """Say, where --data was left out, that other texts may serve the model better."""
+    source = context.get_parameter_source("data")
+    if source is not None and source.name == "DEFAULT":
+        logger.warning(
+            "Calibrating on the package's English sentences from Wikipedia: --data with some 2,000 texts such as the "
+            "model meets loses less."
+        )
 
 
 def write_texts(folder: Path, texts: dict[str, str]) -> None:

@@ -39,6 +39,7 @@ from .common import (
     check_inputs,
     columns_of,
     command_line,
+    doubt_default_data,
     print_json,
     print_table,
     progress_of,
@@ -152,6 +153,8 @@ def compress_command(
     if found is not None and found.objective.startswith("embedding-") and sentence_transformer and source is None:
         pooling = pooling or found.objective.removeprefix("embedding-")  # written from where it was read
         check_pooling(pooling, source)
+    if found is None:
+        doubt_default_data(context)
     texts = load_data(data, split) if found is None else None
     dense = load_model(model, dtype, device, offload)
     if sentence_transformer:
