@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .errors import TCSPError
 
@@ -46,17 +47,22 @@ def check_gradients(model: nn.Module) -> None:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models into evaluation mode, feed-forward networks in one piece; both are as before afterwards.
+    """Put models into evaluation mode, feed-forward networks in one piece, outputs by name; all as before afterwards.
 
-    In chunks (`chunk_size_feed_forward`) they compute the same, but who looks at a module would see each chunk.
+    In chunks (`chunk_size_feed_forward`) they compute the same, but who looks at a module would see each chunk. A
+    T5 encoder does not hand `return_dict=True` on to its stack (transformers 5.17): that goes by the configuration.
     """
     modules = [module for model in models for module in model.modules()]
     training = [module for module in modules if module.training]
     chunked = [(module, getattr(module, _CHUNK)) for module in modules if hasattr(module, _CHUNK)]
+    configs = {id(module.config): module.config for module in modules if isinstance(module, PreTrainedModel)}
+    by_name = [(config, config.return_dict) for config in configs.values()]
     for model in models:
         model.eval()
     for module, _ in chunked:
         setattr(module, _CHUNK, 0)
+    for config, _ in by_name:
+        config.return_dict = True
     try:
         yield
     finally:
@@ -64,3 +70,5 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = True
         for module, size in chunked:
             setattr(module, _CHUNK, size)
+        for config, value in by_name:
+            config.return_dict = value

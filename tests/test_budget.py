@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from common import (
 import tcsp_hf
 from tcsp_hf import TCSPError, calibrate, compress
 from tcsp_hf.compression import count_parameters, removed_fraction, size_table
+from tcsp_hf.compression.plan import filter_step
 
 BERT = find("bert-ForSequenceClassification")
 T5 = find("t5-ForConditionalGeneration")
@@ -199,6 +201,30 @@ def test_remove(case: Case):
         wider = compress(model, stats, hidden_size=min(k + multiple, D), multiple_of=multiple)
         assert removed_fraction(model, wider) < remove
         assert small.config.projection["removed"] == pytest.approx(removed_fraction(model, small), abs=1e-6)
+
+
+@pytest.mark.parametrize("multiple", [3, 5, 7, 12])
+def test_searched_widths_are_multiples(multiple):
+    model, stats = dense_and_sample(BERT, torch.float32)
+    small = compress(model, stats, remove=0.09, axes=("hidden",), multiple_of=multiple)
+    widths = set(small.config.site_widths().values())
+    assert min(widths) < D and all(width % multiple == 0 or width == D for width in widths)
+
+
+@pytest.mark.parametrize(
+    ("neurons", "step"), [(40, 1), (256, 2), (1000, 8), (1024, 8), (1536, 16), (2048, 24), (3072, 32)]
+)
+def test_neurons_go_by_multiples_that_run_fast(neurons, step):
+    assert filter_step(neurons) == step
+
+
+@pytest.mark.parametrize("axes", [("filters",), ("filters", "heads")])
+def test_whole_sites_need_no_spectrum(axes, monkeypatch):
+    model, stats = dense_and_sample(BERT, torch.float32)
+    expected = compress(model, stats, remove=0.2, axes=axes)
+    monkeypatch.setattr(import_module("tcsp_hf.compression.compress"), "spectrum", None)
+    found = compress(model, stats, remove=0.2, axes=axes)
+    assert all(map(torch.equal, expected.state_dict().values(), found.state_dict().values()))
 
 
 def test_remove_is_monotone():

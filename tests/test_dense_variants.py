@@ -35,12 +35,26 @@ def test_settings_of_other_libraries(tmp_path) -> None:
     assert type(small).from_pretrained(tmp_path).config.classifier_note == "kept"
 
 
-@pytest.mark.parametrize("case", [CLASSIFIER, WRITER], ids=str)
+@pytest.mark.parametrize("case", [CLASSIFIER, WRITER, find("t5-EncoderModel")], ids=str)
 def test_a_model_that_gives_tuples(case: Case) -> None:
     model = make_dense(case, torch.float32)
     model.config.return_dict = False
     small = compress(model, statistics(case, model), remove=0.3)
+    assert model.config.return_dict is False, "it is the user's"
     assert small.config.return_dict is False and small.config.projection["removed"] >= 0.3
+
+
+@pytest.mark.parametrize("silent", ["values", "neurons"])
+@pytest.mark.parametrize("options", [{"remove": 0.3}, {"hidden_size": 24}], ids=str)
+def test_a_block_that_says_nothing(silent: str, options: dict[str, Any]) -> None:
+    """Heads pruned by zeros, a network of dead ReLUs: a T5 has no constant beside them."""
+    case = find("t5-ForSequenceClassification")
+    model = make_dense(case, torch.float32)
+    attention, network = model.transformer.encoder.block[0].layer
+    with torch.no_grad():
+        (attention.SelfAttention.v if silent == "values" else network.DenseReluDense.wi).weight.zero_()
+    small = compress(model, statistics(case, model), **options)
+    assert small.config.projection["options"]["measured_kl"] < 0.1
 
 
 @pytest.mark.parametrize("case", [CLASSIFIER, WRITER], ids=str)

@@ -527,6 +527,11 @@ def test_summary(dense: Path, data: Path, tmp_path: Path) -> None:
     tcsp("bench", "summary", tmp_path / "two", "--check", status=1)
     missed = json.loads(tcsp("bench", "summary", tmp_path / "two", "--json"))["missed"]
     assert len(missed) == 2 and "mean drop at 44%" in missed[0] and "better drops by 2.00" in missed[1]
+    other["rows"][0]["score"] = other["dense"]["score"]
+    other["rows"].append({**other["rows"][1], "method": "fisher", "score": None, "distance": None})
+    write_whole(tmp_path / "two" / "results.json", json.dumps(other))
+    again = json.loads(tcsp("bench", "summary", tmp_path / "two", "--json"))["rows"]
+    assert [row["best_other"] for row in again] == [row["best_other"] for row in found["rows"][2:]]
     with pytest.raises(TCSPError, match=f"same model on '{data}'"):
         tcsp("bench", "summary", tmp_path / "one", tmp_path / "one")
     write_whole(tmp_path / "two" / "results.json", json.dumps({**table, "task": "another of one model"}))

@@ -27,7 +27,7 @@ from .request import DEFAULT_KIND, Request, check_request, check_statistics
 from .search import Search
 from .sizes import count_parameters, size_table
 from .streams import PackedSample
-from .subspace import Basis, Kept, Spectrum, SpectrumOf, check_fisher, make_basis, spectrum
+from .subspace import Basis, Kept, Spectrum, SpectrumOf, check_fisher, make_basis, spectrum, whole_basis
 
 logger = logging.getLogger("tcsp_hf")
 
@@ -216,7 +216,7 @@ def _cut_bases(stats: Calibration, builder: Builder, spectrum_of: SpectrumOf, si
     """The subspace of every site, before any refit."""
     bases: dict[str, Basis] = {}
     for members, size in zip(builder.groups, sizes.hidden, strict=True):
-        cut = spectrum_of(members).cut(size)
+        cut = whole_basis(size) if size == builder.full else spectrum_of(members).cut(size)
         for name in members:
             bases[name] = make_basis(cut.decoder, cut.encoder, stats.sites[name].second_moment)
     return bases | _head_basis(builder, spectrum_of, sizes)

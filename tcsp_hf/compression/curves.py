@@ -29,7 +29,7 @@ from ..offload import device_of, read_tensor
 from .check import objective_name, probe_sequences
 from .filters import drop_inputs
 from .heads import drop_heads, inverse_root, score_moments
-from .least_squares import HELD_OUT_EVERY, NormalEquations, damped_inverse, solve
+from .least_squares import HELD_OUT_EVERY, NormalEquations, damped_inverse, floored, solve
 from .memory import Growth, give_back
 from .metrics import Metrics
 from .plan import Costs, LossCurves, filter_step
@@ -192,6 +192,8 @@ class CurveMeasure:
 
     def _hidden_curve(self, group: int) -> _Curve:
         members = self.groups[group]
+        if "hidden" not in self.axes:  # the full width alone will be asked for, which costs nothing
+            return _Curve(f"group {group}", 0, 1, np.zeros(self.costs.full + 1), {})
         spectrum = self.spectrum_of(members)
         tail = spectrum.values.flip(0).cumsum(0).flip(0)
         values = torch.cat([tail, tail.new_zeros(1)]).numpy()
@@ -200,9 +202,6 @@ class CurveMeasure:
         for block in self.blocks:
             if [block.writes] == members:
                 curve = self._curve(block, scale * values)
-        if "hidden" not in self.axes:
-            curve.scales = {}
-            return curve
         full = self.costs.full
 
         def alter(size: int, stack: ExitStack) -> None:
@@ -251,7 +250,7 @@ class CurveMeasure:
         return self.layers.first_of(module for modules in watched for module in modules)
 
     def _record(self, blocks: list[Block], following: list[Block]) -> dict[str, _Record]:
-        """Sums of these blocks; what the layers before the following ones return is kept for them."""
+        """Sums of these blocks; what the following ones need of the layers before them is kept."""
         measured = [b for b in blocks if self._is_measured(b)]
         records: dict[str, _Record] = {}
         if not measured:
@@ -407,7 +406,7 @@ class CurveMeasure:
     ) -> _Curve:
         neurons = self.costs.neurons
         step = filter_step(neurons)
-        _, points, order = drop_inputs(moments, weighed, neurons, step, 2 * step)
+        _, points, order = drop_inputs(moments, weighed, neurons, keep=step, block=2 * step)
         left = [float(count) for count, _ in points][::-1]
         curve = per_sequence * np.interp(np.arange(neurons + 1), left, [value for _, value in points][::-1])
 
@@ -425,8 +424,7 @@ class CurveMeasure:
         self, block: Block, moments: torch.Tensor, whole: torch.Tensor, weighed: torch.Tensor, per_sequence: float
     ) -> _Curve:
         size, heads = self.costs.head_size, self.costs.heads
-        diagonal = moments.diagonal()
-        inverse = damped_inverse(moments, 1e-4 * diagonal.clamp(min=1e-8 * float(diagonal.mean())))
+        inverse = damped_inverse(moments, 1e-4 * floored(moments.diagonal()))
         curve = torch.zeros(size + 1, dtype=torch.float64)
         turns: list[torch.Tensor] = []
         for head in range(heads):

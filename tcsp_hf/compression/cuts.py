@@ -55,7 +55,7 @@ def cut_values(
 
 
 def cut_filters(problem: Problem, root: torch.Tensor, neurons: int, keep: int) -> tuple[Problem, torch.Tensor]:
-    """Keep `keep` of the neurons, which are the first inputs; returns what is left and the kept ones' indices."""
+    """Keep `keep` of the first `neurons` inputs; returns what is left, and the kept ones' indices among these."""
     equations, prior = problem
     if keep == neurons:
         return problem, torch.arange(neurons, device=prior.device)

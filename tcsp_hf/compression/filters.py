@@ -7,7 +7,7 @@ layer-wise Gram matrices: Frantar and Alistarh 2022), removing the inputs J and 
 
 import torch
 
-from .least_squares import damped_inverse
+from .least_squares import damped_inverse, floored
 
 _COMPACT = 0.85
 """What went is cut out of the matrices once less than this share of them is left."""
@@ -29,9 +29,7 @@ def drop_inputs(
         Indices of the kept candidates, ascending (keep,), the curve (inputs left, loss added so far), and the indices
         of the others in the order in which they went.
     """
-    diagonal = moments.diagonal()
-    damping = 1e-5 * diagonal.clamp(min=1e-8 * float(diagonal.mean()))
-    inverse = damped_inverse(moments, damping)
+    inverse = damped_inverse(moments, 1e-5 * floored(moments.diagonal()))
     weights = weights.clone()
     index = torch.arange(moments.shape[0], device=moments.device)
     alive = torch.ones(candidates, dtype=torch.bool, device=moments.device)  # of the candidates still in `inverse`

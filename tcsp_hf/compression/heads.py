@@ -2,7 +2,7 @@
 
 import torch
 
-from .least_squares import damped_inverse
+from .least_squares import damped_inverse, floored
 
 
 def inverse_root(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,9 +60,7 @@ def value_factors(moments: torch.Tensor, weights: torch.Tensor, heads: int, head
         moments: H (p, p) float64 of the inputs [values of all heads, others, 1].
         weights: X' (outputs, p), the ridge solution in the metric of the loss.
     """
-    diagonal = moments.diagonal()
-    damping = 1e-4 * diagonal.clamp(min=1e-8 * float(diagonal.mean()))
-    inverse = damped_inverse(moments, damping)
+    inverse = damped_inverse(moments, 1e-4 * floored(moments.diagonal()))
     weights = weights.clone()
     offset = 0
     kept: list[torch.Tensor] = []
@@ -100,9 +98,7 @@ def drop_heads(
         Indices of the kept heads, ascending (keep,), the loss by number of heads gone, from 0 on, and the others in
         the order in which they went.
     """
-    diagonal = moments.diagonal()
-    damping = 1e-4 * diagonal.clamp(min=1e-8 * float(diagonal.mean()))
-    inverse = damped_inverse(moments, damping)
+    inverse = damped_inverse(moments, 1e-4 * floored(moments.diagonal()))
     weights = weights.clone()
     left = list(range(heads))
     losses = [0.0]

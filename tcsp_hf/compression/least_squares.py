@@ -21,6 +21,7 @@ FEW_TOKENS = 2
 _STRONG = 0.1
 _PANEL = 384
 _BLOCK = 2048
+_SILENT = 1e-30  # where all inputs are, in a T5, which has no constant among them
 _LEAST_ALONE = 0.1  # tokens count alone as well, however much they agree
 
 
@@ -240,10 +241,15 @@ def solve(
     return prior + _shrunk(moments, cross - moments @ prior, strength, bias)
 
 
+def floored(diagonal: torch.Tensor) -> torch.Tensor:
+    """The diagonal of a Gram matrix as the unit of a penalty: above zero, also for inputs that are always silent."""
+    return diagonal.clamp(min=max(1e-8 * float(diagonal.mean()), _SILENT))
+
+
 def _shrunk(moments: torch.Tensor, residual: torch.Tensor, strength: float, bias: bool) -> torch.Tensor:
     """What is added to the prior, from what it leaves of the cross moments (entries of x, outputs)."""
     diagonal = moments.diagonal()
-    penalty = diagonal.clamp(min=1e-8 * float(diagonal.mean())) * strength
+    penalty = floored(diagonal) * strength
     if bias:
         penalty[-1] = 1e-7 * diagonal[-1]
     for _ in range(8):

@@ -13,7 +13,7 @@ _WORTH = 4 * 2**20
 
 _Item = TypeVar("_Item")
 
-_BATCHES = 6  # one batch alone comes to four such matrices, and they are wanted again at once
+_BATCHES = 6  # batches' rows: one batch has four matrices of them, which are wanted again at once
 
 
 @cache
@@ -54,7 +54,7 @@ class Growth:
         return 0 if self._process is None else int(self._process.memory_info().rss)
 
     def between(self, batches: Iterable[_Item]) -> Iterator[_Item]:
-        """The same batches; looks at the process between them, when nothing of the last one is in use."""
+        """The same batches, with a look at the process between them, when little but a batch's rows is in use."""
         for batch in batches:
             yield batch
             self._look()

@@ -17,13 +17,15 @@ PARTS = {"hidden": ("hidden",), "filters": ("filters",), "heads": ("heads", "qk"
 """Axis -> the lists of `Sizes` that it shrinks."""
 _HEAD_STEP = 4
 _FILTER_STEPS = 96
+_ALIGNED = 8
 _SMALLEST_HIDDEN = 16
-_DOOMED = 0.5  # of the neurons that go; the more, the faster the refit, but it chooses better than the search
+_DOOMED = 0.5  # of the neurons that go: the more, the faster the refit, which chooses better than the search
 
 
 def filter_step(neurons: int) -> int:
-    """How many of a feed-forward network's neurons go at a time."""
-    return max(1, neurons // _FILTER_STEPS)
+    """How many of a feed-forward network's neurons go at a time: a multiple of 8, which run faster, but for few."""
+    step = max(1, neurons // _FILTER_STEPS)
+    return step if step <= _ALIGNED // 2 or neurons % _ALIGNED else round(step / _ALIGNED) * _ALIGNED
 
 
 @dataclass
@@ -311,7 +313,7 @@ class _Search:
 def _step(kind: str, costs: Costs, multiple_of: int) -> tuple[int, int]:
     """By how much a part shrinks at a time, and the smallest size."""
     if kind == "hidden":
-        return multiple_of, min(max(multiple_of, _SMALLEST_HIDDEN), costs.full)
+        return multiple_of, min(-(-_SMALLEST_HIDDEN // multiple_of) * multiple_of, costs.full)
     if kind == "filters":
         step = filter_step(costs.neurons)
         return step, step

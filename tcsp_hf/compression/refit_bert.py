@@ -32,7 +32,7 @@ from .memory import Growth, give_back
 from .metrics import Metrics
 from .plan import Sizes
 from .streams import GROUP_TOKENS, Group, PackedSample, Stream
-from .subspace import Basis, Kept, balanced_spectrum, make_basis, pca_spectrum, symmetric_root
+from .subspace import Basis, Kept, balanced_spectrum, pca_spectrum, symmetric_root, whole_basis
 from .weights import DenseWeights, Tensors
 
 Affine = tuple[torch.Tensor, torch.Tensor]
@@ -185,7 +185,9 @@ class BertRefit:
         size = self.sizes.hidden[site]
         if self.fixed is not None:
             return self.fixed[self.site_names[site]]
-        if self.kind == "pca" or size == self.full:
+        if size == self.full:
+            return whole_basis(size)
+        if self.kind == "pca":
             return pca_spectrum(moment.cpu()).cut(size)
         fisher = self.stats.sites[self.site_names[site]].fisher
         return balanced_spectrum(moment.cpu(), fisher, self.epsilon).cut(size)
@@ -402,8 +404,7 @@ class BertRefit:
         """The sum before norm `site` from its inputs, (entries, D), and the subspace of what it predicts."""
         solution = ridge(equations, prior, self._metric(site))
         if self.sizes.hidden[site] == self.full:
-            identity = torch.eye(self.full, dtype=torch.float64)
-            return solution, make_basis(identity, identity, self.stats.sites[self.site_names[site]].second_moment)
+            return solution, whole_basis(self.full)
         with equations.joined() as (moments, _):
             predicted = solution.T @ moments @ solution / moments[-1, -1]
         give_back(equations.moments.nbytes)

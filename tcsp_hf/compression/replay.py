@@ -17,7 +17,8 @@ from ..offload import put_forward_back
 class Layers:
     """The layers of a model, its encoder's before its decoder's.
 
-    The norm at the end of a BERT's layer counts to the next one: what is kept of a layer is what that norm reads.
+    The norm at the end of a BERT's layer counts to the next one, the last layer's to one behind all: what is kept of
+    a layer is what that norm reads.
     """
 
     def __init__(self, dense: PreTrainedModel) -> None:
@@ -106,7 +107,7 @@ class Replay:
     """
 
     def __init__(self, dense: PreTrainedModel, batches: Sequence[Batch]) -> None:
-        """Run every batch once; the outputs of every layer are kept (on the model's device)."""
+        """Run every batch once; what `Layers.starting_at` needs of every layer is kept (on the model's device)."""
         self.dense, self.batches = dense, batches
         self.layers = Layers(dense)
         self._outputs: list[dict[int, Any]] = []

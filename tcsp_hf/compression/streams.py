@@ -1,7 +1,7 @@
 """The calibration sample packed without padding, and activations kept on disk while the refit walks through layers."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,15 +34,15 @@ class PackedSample:
 
     Attributes:
         tokens: number of tokens.
-        groups: in packed order.
+        groups: in packed order; as many tokens as `GROUP_TOKENS` at most, unless one sequence has more.
         input_ids, token_type_ids, positions: (tokens,) int64.
-        first: (tokens,) bool, the first token of each sequence.
         held_out: (tokens,) bool, tokens of the sequences that choose the regularisation.
     """
 
     def __init__(self, sequences: Sequence[dict[str, list[int]]], column: str = "input_ids") -> None:
         """column: `"input_ids"` or `"decoder_input_ids"`, whose tokens are packed."""
-        ordered = sorted(range(len(sequences)), key=lambda i: (len(sequences[i][column]), i))
+        inputs = [len(row["input_ids"]) for row in sequences]  # what a decoder's tokens attend to comes along
+        ordered = sorted(range(len(sequences)), key=lambda i: (len(sequences[i][column]), inputs[i], i))
         ids: list[int] = []
         types: list[int] = []
         held: list[bool] = []
@@ -53,7 +53,8 @@ class PackedSample:
             length = len(sequences[ordered[at]][column])
             members: list[int] = []
             while at < len(ordered) and len(sequences[ordered[at]][column]) == length:
-                if members and (len(members) + 1) * length > GROUP_TOKENS:
+                longest = max(length, inputs[ordered[at]])  # of the members so far too: they are sorted
+                if members and (len(members) + 1) * longest > GROUP_TOKENS:
                     break
                 members.append(ordered[at])
                 at += 1
@@ -67,13 +68,11 @@ class PackedSample:
                 types += row.get("token_type_ids", [0] * length)
                 held += [i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1] * length
         self.tokens = len(ids)
-        self.sequences = len(sequences)
         self.input_ids = torch.tensor(ids)
         self.token_type_ids = torch.tensor(types)
         self.held_out = torch.tensor(held, dtype=torch.bool)
         positions = [torch.arange(group.length).repeat(group.count) for group in self.groups]
         self.positions = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)
-        self.first = self.positions == 0
 
     def padded_rows(self, members: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed rows of these sequences (n, longest), and which of them are real; the others repeat a row."""
@@ -141,10 +140,6 @@ class Stream:
         self._file.flush()
         whole = np.memmap(self._file, dtype=np.float32, mode="r", shape=(self.tokens, self.width))
         return torch.from_numpy(np.asarray(whole[rows.numpy()]))
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        for start in range(0, self.tokens, GROUP_TOKENS):
-            yield self.read(slice(start, min(start + GROUP_TOKENS, self.tokens)))
 
     def close(self) -> None:
         self._file.close()

@@ -71,9 +71,8 @@ class Spectrum:
     def cut(self, size: int) -> Basis:
         """The subspace of `size` directions."""
         full = self.moment.shape[0]
-        if size == full:  # nothing is left out: any orthonormal basis is exact
-            basis = torch.eye(full, dtype=torch.float64)
-            return Basis(basis, basis, 1.0, 1.0)
+        if size == full:
+            return whole_basis(full)
         if self.kind == "pca":
             decoder = self._right[:, :size].contiguous()
             return make_basis(decoder, decoder, self.moment)
@@ -85,6 +84,12 @@ class Spectrum:
         if kept < size:
             decoder, encoder = _complete(decoder, encoder, size)
         return make_basis(decoder, encoder, self.moment)
+
+
+def whole_basis(full: int) -> Basis:
+    """Of a site that nothing is left out of: any orthonormal basis is exact."""
+    identity = torch.eye(full, dtype=torch.float64)
+    return Basis(identity, identity, 1.0, 1.0)
 
 
 def make_basis(decoder: torch.Tensor, encoder: torch.Tensor, moment: torch.Tensor) -> Basis:

@@ -39,13 +39,13 @@ def read_tables(folders: Sequence[Path]) -> list[dict[str, Any]]:
 def summarise(tables: Sequence[dict[str, Any]]) -> list[Row]:
     """One row per table and fraction: scores, drops in points, and the best score and smallest distance of the others.
 
-    Fractions that our method could not do are left out.
+    Fractions that our method could not do are left out, and scores and distances that are no numbers.
     """
     rows: list[Row] = []
     for table in tables:
         dense = table["dense"]
         done = [row for row in table["rows"] if "error" not in row]
-        for ours in (row for row in done if row["method"] == OURS):
+        for ours in (row for row in done if row["method"] == OURS and None not in (row["score"], row["distance"])):
             others = [row for row in done if row["method"] != OURS and row["asked"] == ours["asked"]]
             rows.append(
                 {
@@ -58,8 +58,10 @@ def summarise(tables: Sequence[dict[str, Any]]) -> list[Row]:
                     "drop": 100.0 * (dense["score"] - ours["score"]),
                     "distance": ours["distance"],
                     "speedup": ours["speedup"],
-                    "best_other": max((row["score"] for row in others), default=None),
-                    "least_other_distance": min((row["distance"] for row in others), default=None),
+                    "best_other": max((row["score"] for row in others if row["score"] is not None), default=None),
+                    "least_other_distance": min(
+                        (row["distance"] for row in others if row["distance"] is not None), default=None
+                    ),
                 }
             )
     return rows
