@@ -114,6 +114,7 @@ def compress(
     )
     with evaluating(model):
         small = _smaller(model, stats, family, head, request, search or Search(), progress)
+    small.config.return_dict = model.config.return_dict  # which `evaluating` had put aside
     give_back(sum(parameter.nbytes for parameter in small.parameters()))
     options = small.config.projection["options"]
     predicted, measured = options.get("predicted_kl"), options.get("measured_kl")
