@@ -12,7 +12,7 @@ from tcsp_hf.baselines.budget import working_copy
 from tcsp_hf.baselines.fisher import mask_gradients, rearrange, search
 from tcsp_hf.baselines.layers import dropped
 from tcsp_hf.baselines.low_rank import factorise
-from tcsp_hf.baselines.mask_tuning import _least_squares
+from tcsp_hf.baselines.mask_tuning import _least_squares, _Passes, tuned_masks
 from tcsp_hf.baselines.units import keep_units, units_of
 from tcsp_hf.calibration import calibrate
 from tcsp_hf.compression import count_parameters, removed_fraction
@@ -223,7 +223,8 @@ def test_mask_tuning_is_least_squares() -> None:
     small = working_copy(dense)
     units = units_of(small)[1]
     mask = torch.arange(units.count) % 3 != 0
-    scale = _least_squares(dense, small, stats, units, units_of(dense)[1], mask)
+    passes = _Passes(dense, stats), _Passes(small, stats)
+    scale = _least_squares(passes, units, units_of(dense)[1], mask)
     assert bool((scale[~mask] == 0).all())
     inputs, handles = [], []
     handles.append(units.block.output.register_forward_pre_hook(lambda _m, args: inputs.append(args[0])))
@@ -248,6 +249,21 @@ def test_mask_tuning_is_least_squares() -> None:
     exact = torch.linalg.lstsq(columns, wanted[:, None]).solution[:, 0]
     assert miss(exact) <= miss(scale[kept]) < miss(torch.ones(len(kept), dtype=torch.float64))
     assert miss(scale[kept]) <= 1.05 * miss(exact)
+
+
+@pytest.mark.parametrize("source", ["bert-ForSequenceClassification", "bert-Model", "t5-ForConditionalGeneration"])
+def test_mask_tuning_goes_on_from_the_layer_before(source: str) -> None:
+    """As passes from the embeddings on do, in the model that is pruned so far."""
+    dense, stats = dense_and_sample(find(source))
+    small = working_copy(dense)
+    groups = units_of(small)
+    masks = [torch.arange(units.count) % 3 != i % 2 for i, units in enumerate(groups)]
+    tuned = tuned_masks(dense, small, stats, groups, masks)
+    for (units, mask, scale), reference in zip(tuned, units_of(dense), strict=True):
+        expected = _least_squares((_Passes(dense, stats), _Passes(small, stats)), units, reference, mask)
+        torch.testing.assert_close(scale, expected, rtol=1e-9, atol=1e-12)
+        kept = mask.nonzero().squeeze(1)
+        keep_units(units, kept, scale[kept])
 
 
 @pytest.mark.parametrize("source", ["t5-ForConditionalGeneration", "t5-gated-ForConditionalGeneration"])

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..calibration import Calibration
-from ..calibration.inputs import Batch
+from ..compression.replay import Layers
 from .sample import real_rows, sample_batches
 from .units import Units, units_of
 
@@ -32,70 +33,95 @@ def tuned_masks(
     The caller cuts a block before it asks for the next one, so each is tuned on what the pruned model gives it; what
     comes behind is still whole, but every pass ends at its block.
     """
+    passes = _Passes(dense, stats), _Passes(small, stats)
     for units, reference, mask in zip(groups, units_of(dense), masks, strict=True):
         if bool(mask.any()):
-            yield units, mask, _least_squares(dense, small, stats, units, reference, mask)
+            yield units, mask, _least_squares(passes, units, reference, mask)
         else:
             yield units, mask, torch.zeros(units.count, dtype=torch.float64)
 
 
+class _Passes:
+    """Forward passes of a model over the sample, block after block: each begins where the last block's layer does.
+
+    The layers before that must not change any more.
+    """
+
+    def __init__(self, model: PreTrainedModel, stats: Calibration) -> None:
+        self._model, self._stats = model, stats
+        self._layers = Layers(model)
+        self._known: list[dict[int, Any]] = []
+        self._at = 0  # what goes into this layer is known, by batch
+
+    def to(self, units: Units, entries: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """By batch: what the block's output reads (tokens, entries) and the stream after it (tokens, D).
+
+        Args:
+            entries: indices of the inputs of the block's output that are given, and count; all when None.
+        """
+        layer = self._layers.first_of([units.block.output])
+        for i, batch in enumerate(sample_batches(self._model, self._stats)):
+            known = self._known[i] if i < len(self._known) else {}
+            kept = self._layers.before(layer)
+            with self._layers.keeping(kept) as outputs, self._layers.starting_at(self._at, known):
+                read, stream = self._captured(units, batch, entries)
+            self._known[i : i + 1] = [{at: outputs.get(at, known.get(at)) for at in kept}]
+            yield read, stream
+        self._at = layer
+
+    def _captured(
+        self, units: Units, batch: dict[str, torch.Tensor], entries: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        stack = units.block.stack
+
+        def read(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            if entries is None:
+                found["read"] = real_rows(args[0], batch, stack)
+                return (args[0],)
+            found["read"] = real_rows(args[0][..., entries], batch, stack)
+            return (torch.zeros_like(args[0]).index_copy_(-1, entries, args[0][..., entries]),)
+
+        def summed(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            found["stream"] = real_rows(args[0], batch, stack)
+            raise _Reached
+
+        hooks = [units.block.output.register_forward_pre_hook(read), units.norm.register_forward_pre_hook(summed)]
+        try:
+            with suppress(_Reached):
+                self._model(**batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found["read"], found["stream"]
+
+
 @torch.no_grad()
-def _least_squares(
-    dense: PreTrainedModel,
-    small: PreTrainedModel,
-    stats: Calibration,
-    units: Units,
-    reference: Units,
-    mask: torch.Tensor,
-) -> torch.Tensor:
+def _least_squares(passes: tuple[_Passes, _Passes], units: Units, reference: Units, mask: torch.Tensor) -> torch.Tensor:
     """(count,) float64: `argmin_m sum over tokens |x + sum_j m_j c_j - target|²` over the kept units; 0 elsewhere.
 
     c_j is what unit j writes in the pruned model, x the pruned stream it is added to, and `target` the dense stream.
+
+    Args:
+        passes: of the dense and of the pruned model.
     """
-    weight = units.block.output.weight.detach().double()
-    entries = mask.repeat_interleave(units.size).to(weight.device)
+    dense, small = passes
+    entries = mask.repeat_interleave(units.size).nonzero().squeeze(1).to(units.block.output.weight.device)
+    weight = units.block.output.weight.detach()[:, entries].double()
     products = weight.T @ weight
     moments = torch.zeros_like(products)
     cross = torch.zeros_like(weight.T)
-    for batch in sample_batches(small, stats):
-        _, target = _capture(dense, reference, batch, None)
-        context, stream = _capture(small, units, batch, entries)
+    for (_, target), (context, stream) in zip(dense.to(reference, None), small.to(units, entries), strict=True):
         moments += (context.T @ context).double()
         cross += (context.T @ (target - stream)).double()
-    spread = torch.zeros(len(entries), units.count, dtype=torch.float64, device=weight.device)
-    spread[torch.arange(len(entries)), torch.arange(len(entries)) // units.size] = 1.0
-    kept = mask.nonzero().squeeze(1).to(weight.device)
-    normal = (spread.T @ (moments * products) @ spread)[kept][:, kept]
-    right = (spread.T @ (cross * weight.T).sum(1))[kept]
+    kept = mask.nonzero().squeeze(1)
+    unit = torch.arange(len(kept), device=weight.device).repeat_interleave(units.size)
+    spread = nn.functional.one_hot(unit, len(kept)).double()
+    normal = spread.T @ (moments * products) @ spread
+    right = spread.T @ (cross * weight.T).sum(1)
     damping = _RIDGE * normal.diagonal().mean().clamp(min=1e-30)
     change = torch.linalg.solve(normal + damping * torch.eye(len(kept)).to(normal), right)
     scale = torch.zeros(units.count, dtype=torch.float64)
     tuned = 1.0 + change
-    scale[kept.cpu()] = tuned.cpu() if float(tuned.abs().max()) <= _LARGEST else 1.0
+    scale[kept] = tuned.cpu() if float(tuned.abs().max()) <= _LARGEST else 1.0
     return scale
-
-
-def _capture(
-    model: PreTrainedModel, units: Units, batch: Batch, entries: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the block's output reads (tokens, entries), masked by `entries`, and the stream after it (tokens, D)."""
-    found: dict[str, torch.Tensor] = {}
-    stack = units.block.stack
-
-    def read(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        inputs = args[0] if entries is None else args[0] * entries.to(args[0])
-        found["read"] = real_rows(inputs, batch, stack)
-        return (inputs,)
-
-    def summed(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        found["stream"] = real_rows(args[0], batch, stack)
-        raise _Reached
-
-    hooks = [units.block.output.register_forward_pre_hook(read), units.norm.register_forward_pre_hook(summed)]
-    try:
-        with suppress(_Reached):
-            model(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found["read"], found["stream"]

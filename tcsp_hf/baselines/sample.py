@@ -14,7 +14,7 @@ BATCH_SIZE = 32
 
 
 def sample_batches(model: PreTrainedModel, stats: Calibration) -> Iterator[Batch]:
-    """Padded batches of the statistics' token sample, on the model's device.
+    """Padded batches of the statistics' token sample, sequences of like lengths together, on the model's device.
 
     Raises:
         TCSPError: the statistics hold no sample.
@@ -22,6 +22,7 @@ def sample_batches(model: PreTrainedModel, stats: Calibration) -> Iterator[Batch
     sequences = stats.sample.sequences()
     if not sequences:
         raise TCSPError("This baseline needs the token sample of the statistics: calibrate with sample_tokens > 0.")
+    sequences.sort(key=lambda row: (len(row["input_ids"]), len(row.get("decoder_input_ids", ()))))
     longest = max(len(values) for rows in sequences for values in rows.values())
     options = InputOptions(
         tokenizer=None,
