@@ -19,7 +19,7 @@ SQUAD_SETS = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
 SAMPLE = "squad-sample"
 MIX = "squad-mix"
 TEXTS = "squad-texts"
-_PARAGRAPHS, _SENTENCES, _QUESTIONS = 150, 1000, 850
+_PARAGRAPHS, _SENTENCES, _QUESTIONS = 60, 1300, 640
 _WHOLE = 60  # paragraphs of the packaged sample; the others come sentence by sentence
 _TEXT_COLUMNS = (
     "sentence1",
@@ -110,7 +110,7 @@ def _from_hub(name: str, repository: str, config: str | None, split: str) -> Any
 
 
 def mixed_texts(data: Any, seed: int = 0) -> list[str]:
-    """150 paragraphs, one sentence each of 1,000 others, and 850 questions about yet others, of SQuAD's rows.
+    """60 paragraphs, one sentence each of 1,300 others, and 640 questions about yet others, of SQuAD's rows.
 
     What a sentence encoder meets: texts of every length, and many of them. The same for the same rows and seed.
     """
