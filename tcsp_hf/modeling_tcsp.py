@@ -27,6 +27,7 @@ class TCSPPreTrainedMixin:
     class loads any task's checkpoint with `trust_remote_code=True` where this package is not installed.
     """
 
+    # `config`, `config_class`, `named_parameters` come with PreTrainedModel: hence what the type checker ignores here
     auto_map: ClassVar[dict[str, str]] = {}
     optional_weights: ClassVar[tuple[str, ...]] = ()
     """Prefixes of weights that a checkpoint may lack; transformers warns of them."""

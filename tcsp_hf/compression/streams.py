@@ -34,7 +34,8 @@ class PackedSample:
 
     Attributes:
         tokens: number of tokens.
-        groups: in packed order; as many tokens as `GROUP_TOKENS` at most, unless one sequence has more.
+        groups: in packed order; `GROUP_TOKENS` tokens at most (and as many that a decoder's attend to), unless one
+            sequence has more.
         input_ids, token_type_ids, positions: (tokens,) int64.
         held_out: (tokens,) bool, tokens of the sequences that choose the regularisation.
     """

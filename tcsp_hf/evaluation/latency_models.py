@@ -67,7 +67,7 @@ def dense_of_shape(name: str) -> PreTrainedModel:
                 d_ff=shape.neurons,
                 num_layers=shape.layers,
                 num_heads=shape.heads,
-                decoder_start_token_id=0,  # type: ignore[call-arg]
+                decoder_start_token_id=0,  # type: ignore[call-arg]  # (taken, but not declared)
             )
         ).eval()
     return BertModel(
