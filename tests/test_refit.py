@@ -52,7 +52,7 @@ def test_normal_equations_equal_the_sums_whatever_the_batches() -> None:
     torch.testing.assert_close(c, x.T @ (w.double()[:, None] * t.double()), rtol=1e-5, atol=1e-4)
     other = equations(u, t, w, held, 400)
     torch.testing.assert_close(other.total[0], h, rtol=1e-5, atol=1e-4)
-    assert float(other.moments[1, -1, -1]) == pytest.approx(float(w[held].sum()), rel=1e-5)
+    assert float(other.moments[1][-1, -1]) == pytest.approx(float(w[held].sum()), rel=1e-5)
 
 
 def test_gram_by_panels() -> None:

@@ -1,5 +1,7 @@
 """The parts of the closed-form refit, against brute force or their definition; the whole: `refit_problems.py`."""
 
+import copy
+
 import pytest
 import torch
 from common import D, find, make_dense, make_rows
@@ -191,11 +193,13 @@ def test_cuts_leave_the_problem_of_what_is_left(bias: bool) -> None:
     problem.add([x], t, torch.ones(200), held)
     root = symmetric_root(gaussian(18, 5, 5) @ gaussian(18, 5, 5).T)
     whole = torch.cat([x, torch.ones(200, 1)], 1).double() if bias else x.double()
+    same, _, _ = cut_values((problem, prior), root, heads, size, heads, size)
+    assert same[0] is problem and same[1] is prior
     for keep, narrow in ((3, 4), (2, 4), (3, 2), (2, 3)):
-        (equations, left), turn, kept = cut_values((problem, prior), root, heads, size, keep, narrow)
+        (equations, left), turn, kept = cut_values((copy.deepcopy(problem), prior), root, heads, size, keep, narrow)
         assert len(kept) == keep and equations.inputs == keep * narrow + others and equations.tokens == 200
         if (keep, narrow) == (3, 4):
-            assert turn is None and equations is problem and left is prior and kept.tolist() == [0, 1, 2]
+            assert turn is None and left is prior and kept.tolist() == [0, 1, 2]
             continue
         assert turn.shape == (keep * narrow, heads * size)
         rows = torch.block_diag(turn, torch.eye(others + bias, dtype=torch.float64))
@@ -209,7 +213,7 @@ def test_cuts_leave_the_problem_of_what_is_left(bias: bool) -> None:
         assert torch.equal(left[keep * narrow :], prior[heads * size :])
         gone = [n for n in range(heads) if n not in kept.tolist()]
         assert all(not turn[:, n * size : (n + 1) * size].any() for n in gone)
-    (equations, left), kept = cut_filters((problem, prior), root, heads * size, 5)
+    (equations, left), kept = cut_filters((copy.deepcopy(problem), prior), root, heads * size, 5)
     assert equations.inputs == 5 + others and len(kept) == 5
     rows_ = [*kept.tolist(), *range(heads * size, len(prior))]
     assert torch.equal(left, prior[rows_])
@@ -228,7 +232,7 @@ def test_cuts_keep_what_is_read() -> None:
     problem.add([x], x @ weights, torch.ones(300), torch.arange(300) % 5 == 4)
     root = torch.diag(torch.tensor([1.0, 0.01, 1.0], dtype=torch.float64))
     prior = torch.zeros(9, 3, dtype=torch.float64)
-    _, kept = cut_filters((problem, prior), root, 8, 4)
+    _, kept = cut_filters((copy.deepcopy(problem), prior), root, 8, 4)
     assert kept.tolist() == [0, 1, 2, 3]
     _, _, heads = cut_values((problem, prior), root, 2, 4, 1, 4)
     assert heads.tolist() == [0]
@@ -274,7 +278,7 @@ def test_sums_of_one_fold_and_of_two() -> None:
     problem.add([x], x, torch.ones(50), torch.arange(50) % 5 == 4)
     for part in problem.total:
         torch.testing.assert_close(part, (x.T @ x).double(), rtol=1e-5, atol=1e-5)
-    before, total = (problem.moments.clone(), problem.cross.clone()), problem.total
+    before, total = [[fold.clone() for fold in part] for part in (problem.moments, problem.cross)], problem.total
     with pytest.raises(KeyError), problem.joined() as sums:
         assert all(map(torch.equal, sums, total))
         raise KeyError
@@ -292,10 +296,10 @@ def test_blocks_are_summed_at_their_size() -> None:
     for i in range(9):
         rows = torch.ones(1000, 1)
         problem.add([rows], rows, torch.ones(1000), torch.arange(1000) % 2 == 1)
-        for summed, block in zip(problem._moments.flatten().tolist(), (2048, 512), strict=True):
-            assert summed == (i + 1) * 500 // block * block
+        for summed, block in zip(problem._moments, (2048, 512), strict=True):
+            assert float(summed) == (i + 1) * 500 // block * block
     assert problem.tokens == 9000
-    assert problem.moments.flatten().tolist() == [4500.0, 4500.0] == problem.cross.flatten().tolist()
+    assert [float(fold) for fold in (*problem.moments, *problem.cross)] == [4500.0] * 4
 
 
 @pytest.mark.parametrize("source", ["bert-ForSequenceClassification", "t5-ForConditionalGeneration"])

@@ -19,6 +19,7 @@ from ..configuration_tcsp_t5 import TCSPT5Config
 from ..errors import TCSPError
 from ..offload import device_of
 from . import bert, t5
+from .memory import give_back
 from .plan import BlockShape, Costs, Sizes
 from .sizes import ParameterCount, count_parameters, meta_count
 from .subspace import Kept
@@ -233,7 +234,9 @@ class Builder:
 
     def _load(self, small: Any, tensors: Tensors) -> None:
         """Put the projected tensors into the model, in the dense model's dtypes, on its device."""
-        broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+        give_back(sum(value.nbytes for value in tensors.values()))
+        # sums hold a NaN or an infinity where one of their terms does; an entry is never held twice
+        broken = [name for name, value in tensors.items() if not value.sum(dtype=torch.float64).isfinite()]
         if broken:
             raise TCSPError(f"The projected weights hold a NaN or an infinity: {broken[0]}. Check the dense weights.")
         small.to(dtype=self.dense.dtype)

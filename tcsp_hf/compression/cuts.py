@@ -1,4 +1,7 @@
-"""Cuts inside a block during the refit: from the normal equations of its output linear, before that is solved."""
+"""Cuts inside a block during the refit: from the normal equations of its output linear, before that is solved.
+
+The equations are narrowed in place: they are the largest matrices of a refit.
+"""
 
 import torch
 
@@ -38,7 +41,8 @@ def cut_values(
         entries = (kept[:, None] * head_size + torch.arange(head_size, device=prior.device)).flatten()
         others = torch.arange(heads * head_size, len(prior), device=prior.device)
         rows = torch.cat([entries, others])
-        equations, prior = equations.keep(rows[:-1] if equations.bias else rows), prior[rows]
+        equations.keep(rows[:-1] if equations.bias else rows)
+        prior = prior[rows]
         select = select[entries]
     if size < head_size:
         with equations.joined() as (moments, cross):
@@ -47,7 +51,7 @@ def cut_values(
         turn = torch.block_diag(*factors)
         others_count = equations.inputs - keep * head_size
         rest = torch.eye(others_count, dtype=torch.float64, device=prior.device)
-        equations = equations.transform(torch.block_diag(turn, rest))
+        equations.transform(torch.block_diag(turn, rest))
         back = torch.block_diag(*torch.linalg.pinv(factors).mT)
         prior = torch.cat([back @ prior[: keep * head_size], prior[keep * head_size :]])
         select = turn @ select
@@ -59,16 +63,17 @@ def cut_filters(problem: Problem, root: torch.Tensor, neurons: int, keep: int) -
     equations, prior = problem
     if keep == neurons:
         return problem, torch.arange(neurons, device=prior.device)
-    give_back(equations.moments.nbytes)
+    give_back(equations.nbytes)
     block = max(16, (neurons - keep) // _FEWEST_BLOCKS)
     with equations.joined() as (moments, cross):
         weights = root @ solve(moments, cross, prior, _FIRST_PASS_STRENGTH, equations.bias).T
         give_back(moments.nbytes)
         kept, _, _ = drop_inputs(moments, weights, neurons, keep, block)
         del weights
-    give_back(equations.moments.nbytes)
+    give_back(equations.nbytes)
     rows = torch.cat([kept, torch.arange(neurons, len(prior), device=prior.device)])
-    return (equations.keep(rows[:-1] if equations.bias else rows), prior[rows]), kept
+    equations.keep(rows[:-1] if equations.bias else rows)
+    return (equations, prior[rows]), kept
 
 
 def head_rows(kept: torch.Tensor, size: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from .least_squares import damped_inverse, floored
 
 _COMPACT = 0.85
 """What went is cut out of the matrices once less than this share of them is left."""
+_ROWS = 256
 
 
 def drop_inputs(
@@ -54,7 +55,17 @@ def drop_inputs(
         if left < _COMPACT * len(alive):
             stays = torch.cat([alive, alive.new_ones(len(index) - len(alive))]).nonzero().squeeze(1)
             weights, index = weights[:, stays], index[stays]
-            inverse = inverse[stays[:, None], stays]
+            inverse = _compact(inverse, stays)
             alive = alive[alive]
     kept = index[: len(alive)][alive]
     return kept.sort().values, curve, torch.cat(order) if order else index[:0]
+
+
+def _compact(matrix: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
+    """`matrix[stays][:, stays]` of a matrix (p, p) kept row by row, in its own place; stays (n,) ascending."""
+    size = len(stays)
+    places = matrix.view(-1)
+    for start in range(0, size, _ROWS):
+        rows = matrix[stays[start : start + _ROWS]][:, stays]
+        places[start * size : start * size + rows.numel()] = rows.view(-1)  # never beyond the rows already read
+    return places[: size * size].view(size, size)

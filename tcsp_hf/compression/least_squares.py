@@ -74,8 +74,10 @@ class Segments:
         alone = max(1.0 - coherence, _LEAST_ALONE)
         counts = torch.bincount(self.ids, minlength=len(self.scale)).clamp(min=1)
         shared = ((alone + coherence * self.scale.square() * counts).sqrt() - alone**0.5) / counts
-        sums = rows.new_zeros(len(self.scale), rows.shape[1]).index_add_(0, self.ids, rows)
-        return rows.mul_(alone**0.5).add_(sums.mul_(shared.to(rows).unsqueeze(1))[self.ids])
+        for part in rows.split(_PANEL, dim=1):  # so that no second copy of the rows is made
+            sums = part.new_zeros(len(self.scale), part.shape[1]).index_add_(0, self.ids, part)
+            part.mul_(alone**0.5).add_(sums.mul_(shared.to(rows).unsqueeze(1))[self.ids])
+        return rows
 
 
 class _Waiting:
@@ -112,11 +114,11 @@ class NormalEquations:
     Attributes:
         inputs: number of entries of u; `bias` tells whether x has the constant.
         tokens: how many were added.
-        moments: H (folds, entries of x, entries of x) float64.
-        cross: C (folds, entries of x, outputs) float64.
+        moments: H by fold, (entries of x, entries of x) float64 each.
+        cross: C by fold, (entries of x, outputs) float64 each.
     """
 
-    def __init__(self, inputs: int, moments: torch.Tensor, cross: torch.Tensor, bias: bool = True) -> None:
+    def __init__(self, inputs: int, moments: list[torch.Tensor], cross: list[torch.Tensor], bias: bool = True) -> None:
         self.inputs = inputs
         self.bias = bias
         self.tokens = 0
@@ -133,8 +135,8 @@ class NormalEquations:
         size = inputs + int(bias)
         return cls(
             inputs,
-            torch.zeros(folds, size, size, dtype=torch.float64, device=device),
-            torch.zeros(folds, size, outputs, dtype=torch.float64, device=device),
+            [torch.zeros(size, size, dtype=torch.float64, device=device) for _ in range(folds)],
+            [torch.zeros(size, outputs, dtype=torch.float64, device=device) for _ in range(folds)],
             bias,
         )
 
@@ -182,7 +184,12 @@ class NormalEquations:
         self._waiting = None
 
     @property
-    def moments(self) -> torch.Tensor:
+    def nbytes(self) -> int:
+        """Bytes of H, all folds."""
+        return sum(total.nbytes for total in self.moments)
+
+    @property
+    def moments(self) -> list[torch.Tensor]:
         self._sum_all()
         if not self._mirrored:
             for total in self._moments:
@@ -191,15 +198,15 @@ class NormalEquations:
         return self._moments
 
     @property
-    def cross(self) -> torch.Tensor:
+    def cross(self) -> list[torch.Tensor]:
         self._sum_all()
         return self._cross
 
     @property
     def total(self) -> tuple[torch.Tensor, torch.Tensor]:
         """H and C over all folds; with one fold, the sums themselves."""
-        moments, cross = self.moments, self.cross
-        return (moments[0], cross[0]) if len(moments) == 1 else (moments.sum(0), cross.sum(0))
+        (moments, *more_moments), (cross, *more_cross) = self.moments, self.cross
+        return sum(more_moments, moments), sum(more_cross, cross)
 
     @contextmanager
     def joined(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -215,23 +222,25 @@ class NormalEquations:
                 for folds in sums:
                     folds[0] -= folds[1]
 
-    def keep(self, indices: torch.Tensor) -> "NormalEquations":
-        """Only these entries of u (and the constant)."""
+    def keep(self, indices: torch.Tensor) -> None:
+        """Only these entries of u (and the constant) from now on; one fold at a time is held twice."""
         rows = torch.cat([indices, indices.new_tensor([self.inputs])]) if self.bias else indices
-        return self._of(len(indices), self.moments[:, rows[:, None], rows], self.cross[:, rows])
+        moments, cross = self.moments, self.cross
+        for fold in range(len(moments)):
+            moments[fold] = moments[fold][rows[:, None], rows]
+            cross[fold] = cross[fold][rows]
+        self.inputs = len(indices)
 
-    def transform(self, matrix: torch.Tensor) -> "NormalEquations":
-        """For u' = matrix @ u, matrix (inputs', inputs)."""
-        wide = matrix.to(self.moments)
+    def transform(self, matrix: torch.Tensor) -> None:
+        """For u' = matrix @ u from now on, matrix (inputs', inputs)."""
+        moments, cross = self.moments, self.cross
+        wide = matrix.to(moments[0])
         if self.bias:
             wide = torch.block_diag(wide, torch.ones(1, 1).to(wide))
-        return self._of(matrix.shape[0], wide @ self.moments @ wide.T, wide @ self.cross)
-
-    def _of(self, inputs: int, moments: torch.Tensor, cross: torch.Tensor) -> "NormalEquations":
-        """Equations of the same tokens."""
-        made = NormalEquations(inputs, moments, cross, self.bias)
-        made.tokens = self.tokens
-        return made
+        for fold in range(len(moments)):
+            moments[fold] = wide @ moments[fold] @ wide.T
+            cross[fold] = wide @ cross[fold]
+        self.inputs = matrix.shape[0]
 
 
 def solve(
@@ -255,14 +264,18 @@ def _shrunk(moments: torch.Tensor, residual: torch.Tensor, strength: float, bias
     for _ in range(8):
         factor, failed = _factor(moments, penalty)
         if not int(failed):
-            return torch.cholesky_solve(residual, factor)
+            half = torch.linalg.solve_triangular(factor, residual, upper=False)
+            return torch.linalg.solve_triangular(factor.mT, half, upper=True)  # cholesky_solve copies the factor
         penalty = penalty * 100.0  # rank-deficient to rounding: shrink harder
     raise TCSPError("The refit's normal equations are not finite: use refit=False, or check the weights.")
 
 
 def _factor(moments: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cholesky factor of `moments` with `shift` added to its diagonal, in one copy, and whether it failed."""
-    shifted = moments.clone()
+    """Cholesky factor of `moments` with `shift` added to its diagonal, and whether it failed.
+
+    One copy, column by column, which is how LAPACK works in place; torch makes another of any other.
+    """
+    shifted = torch.empty_like(moments, memory_format=torch.contiguous_format).mT.copy_(moments)
     shifted.diagonal().add_(shift)
     failed = torch.empty((), dtype=torch.int32, device=moments.device)
     torch.linalg.cholesky_ex(shifted, out=(shifted, failed))
@@ -273,8 +286,8 @@ def damped_inverse(moments: torch.Tensor, damping: torch.Tensor) -> torch.Tensor
     """Inverse of a Gram matrix (p, p) with `damping` (p,) added to its diagonal."""
     factor, failed = _factor(moments, damping)
     if int(failed):  # not positive definite to rounding
-        return torch.linalg.inv(moments + torch.diag(damping))
-    return torch.cholesky_inverse(factor, out=factor)
+        return torch.linalg.inv(moments + torch.diag(damping)).contiguous()
+    return torch.cholesky_inverse(factor, out=factor).mT  # symmetric, and now row by row
 
 
 def ridge(
@@ -293,7 +306,7 @@ def ridge(
     """
     few = equations.tokens < FEW_TOKENS * equations.inputs
     strengths = [strength for strength in LAMBDAS if strength >= _STRONG or not few]
-    give_back(equations.moments.nbytes)  # what the batches left, before copies are made of the sums
+    give_back(equations.nbytes)  # what the batches left, before copies are made of the sums
     if any(float(fold.trace()) <= 0.0 for fold in equations.moments):
         best = strengths[0]  # nothing is held out, or everything: stay close to the prior
     else:

@@ -376,13 +376,8 @@ class BertRefit:
         are divided by the dense norm, so that errors count in the normalised stream.
         """
         free = self.sizes.hidden[site - 1] == self.sizes.hidden[site] == self.full
-        gamma, beta = self._norm(site - 1)
-        weight, bias = (part.double() for part in output)
-        parts = [weight.T, bias[None] + beta.double()[None]]
-        if not free:
-            parts.insert(1, (gamma.double()[:, None] * basis.decoder.to(self.device)).T)
-        prior = torch.cat(parts)
-        prior = prior - prior.mean(1, keepdim=True)
+        gamma, _ = self._norm(site - 1)
+        prior = self._writer_prior(site, None if free else basis, output)
         give_back(8 * len(prior) ** 2)  # what the passes before this left, before the sums
         equations = NormalEquations.zeros(prior.shape[0] - 1, self.full, self.device)
         for group in self.growth.between(self.sample.groups):
@@ -400,6 +395,16 @@ class BertRefit:
             self._add(equations, site, group, inputs_here, target, importance)
         return equations, prior, free
 
+    def _writer_prior(self, site: int, basis: Basis | None, output: Affine) -> torch.Tensor:
+        """The projected weights of the sum before norm `site`; without a basis the residual is no part of them."""
+        gamma, beta = self._norm(site - 1)
+        weight, bias = (part.double() for part in output)
+        parts = [weight.T, bias[None] + beta.double()[None]]
+        if basis is not None:
+            parts.insert(1, (gamma.double()[:, None] * basis.decoder.to(self.device)).T)
+        prior = torch.cat(parts)
+        return prior.sub_(prior.mean(1, keepdim=True))
+
     def _solve_writer(self, site: int, equations: NormalEquations, prior: torch.Tensor) -> tuple[torch.Tensor, Basis]:
         """The sum before norm `site` from its inputs, (entries, D), and the subspace of what it predicts."""
         solution = ridge(equations, prior, self._metric(site))
@@ -407,7 +412,7 @@ class BertRefit:
             return solution, whole_basis(self.full)
         with equations.joined() as (moments, _):
             predicted = solution.T @ moments @ solution / moments[-1, -1]
-        give_back(equations.moments.nbytes)
+        give_back(equations.nbytes)
         return solution, self._choose(site, predicted)
 
     def _write(

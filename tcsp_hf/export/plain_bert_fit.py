@@ -358,15 +358,14 @@ class PlainBertFitter:
         size = equations.inputs + 1
         others = torch.cat([torch.arange(inputs, device=device), torch.tensor([size - 1], device=device)])
         mine = torch.arange(inputs, size - 1, device=device)
-        moments = equations.moments
-        cross = equations.cross - moments[:, :, mine] * weights
+        for moments, cross in zip(equations.moments, equations.cross, strict=True):
+            cross -= moments[:, mine] * weights
         if not linear:
-            left = _equations(moments[:, others][:, :, others], cross[:, others], equations.tokens)
-            return (left, prior), torch.zeros(0, self.width, dtype=torch.float64, device=device)
-        whole = _equations(moments, cross, equations.tokens)
+            equations.keep(others[:-1])
+            return (equations, prior), torch.zeros(0, self.width, dtype=torch.float64, device=device)
         full_prior = torch.cat([prior[:-1], torch.zeros(self.width, self.width).to(prior), prior[-1:]])
-        free = ridge(whole, full_prior)[mine]  # (k, k): n @ free is missing
-        total = whole.total[0]
+        free = ridge(equations, full_prior)[mine]  # (k, k): n @ free is missing
+        total = equations.total[0]
         between = total[others][:, mine]
         own = total[mine][:, mine] - between.T @ torch.linalg.solve(_damped(total[others][:, others]), between)
         values, vectors = torch.linalg.eigh(own)
@@ -376,13 +375,8 @@ class PlainBertFitter:
         select = torch.zeros(inputs + linear, equations.inputs, dtype=torch.float64, device=device)
         select[:inputs, :inputs] = torch.eye(inputs, dtype=torch.float64)
         select[inputs:, inputs:] = paths
-        return (whole.transform(select), torch.cat([prior[:-1], outputs.T, prior[-1:]])), paths
-
-
-def _equations(moments: torch.Tensor, cross: torch.Tensor, tokens: int) -> NormalEquations:
-    made = NormalEquations(moments.shape[1] - 1, moments, cross)
-    made.tokens = tokens
-    return made
+        equations.transform(select)
+        return (equations, torch.cat([prior[:-1], outputs.T, prior[-1:]])), paths
 
 
 def _damped(moments: torch.Tensor) -> torch.Tensor:
