@@ -12,6 +12,7 @@ import torch
 from common import Case, D, calibrated, find, make_dense, make_small, make_tokenizer
 from test_cli import tcsp
 from tokenizers.normalizers import Sequence
+from training import make_arguments
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
@@ -25,6 +26,7 @@ from tcsp_hf.export.sentence_transformer import (
     save_sentence_transformer,
     to_sentence_transformer,
 )
+from tcsp_hf.pooling import declared_pooling
 
 library = pytest.importorskip("sentence_transformers")
 modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
@@ -149,6 +151,16 @@ def test_command(tmp_path: Path) -> None:
     by_stats = ["--stats", stats, "--hidden-size", "16", "--sentence-transformer"]
     assert CliRunner().invoke(app, ["compress", plain[1], "-o", str(tmp_path / "from-stats"), *by_stats]).exit_code == 0
     assert library.SentenceTransformer(str(tmp_path / "from-stats"), device="cpu")[1].pooling_mode == "cls"
+    for name, pooling in (("source", None), ("plain", "mean")):  # by itself as the source says, and as it is told
+        stats = str(tmp_path / f"stats-{name}")
+        read = ["calibrate", str(tmp_path / name), "-o", stats, "--data", str(texts), "--quiet"]
+        assert CliRunner().invoke(app, [*read, *([] if pooling is None else ["--pooling", pooling])]).exit_code == 0
+        assert tcsp_hf.Calibration.load(stats).objective == f"embedding-{pooling or 'cls'}"
+    command = ["compress", str(source), "-o", str(tmp_path / "mixed"), "--stats", stats, "--hidden-size", "16"]
+    result = CliRunner().invoke(app, [*command, "--sentence-transformer"])
+    assert isinstance(result.exception, TCSPError) and "pools by cls: calibrate with --pooling cls" in str(
+        result.exception
+    )
     plain[3] = str(tmp_path / "from-pooler")
     result = CliRunner().invoke(app, [*plain, "--pooling", "pooler"])
     assert isinstance(result.exception, TCSPError) and "pooling is 'pooler'" in str(result.exception)
@@ -295,3 +307,42 @@ def test_the_command_calibrates_for_the_sources_pooling(
     card = (tmp_path / "small" / "README.md").read_text()
     assert 'SentenceTransformer("small", trust_remote_code=True)' in card
     assert "library_name: sentence-transformers" in card and "pipeline_tag: sentence-similarity" in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "pooling"),
+    [
+        ('{"pooling_mode": "cls"}', "cls"),
+        ('{"pooling_mode": ["cls", "mean"]}', "mean"),
+        ('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false, "include_prompt": true}', "cls"),
+        ('{"pooling_mode_cls_token": false, "pooling_mode_mean_tokens": true}', "mean"),
+        ('{"pooling_mode": "lasttoken"}', "mean"),
+        ("[1]", None),
+        ("{", None),
+        (None, None),
+    ],
+)
+def test_declared_pooling(settings: str | None, pooling: str | None, tmp_path: Path) -> None:
+    modules_file = [
+        {"type": "a.Transformer", "path": ""},
+        {"type": "sentence_transformers.Pooling", "path": "1_Pooling"},
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(modules_file))
+    if settings is not None:
+        (tmp_path / "1_Pooling").mkdir()
+        (tmp_path / "1_Pooling" / "config.json").write_text(settings)
+    assert declared_pooling(str(tmp_path)) == pooling
+    (tmp_path / "modules.json").write_text("{")
+    assert declared_pooling(str(tmp_path)) is declared_pooling(str(tmp_path / "none")) is None
+
+
+def test_the_trainer_follows_the_source(tmp_path: Path) -> None:
+    """Its calibration and its lessons; what it is told comes first."""
+    source = write_source(tmp_path, pooling="cls")
+    dense = type(dense_model()).from_pretrained(source)
+    rows = [{"input_ids": [3, 7 + i, 9, 4]} for i in range(24)]
+    for told, used in ((None, "cls"), ("mean", "mean")):
+        arguments = make_arguments(tmp_path / "run", max_steps=1, pooling=told)
+        trainer = tcsp_hf.TCSPTrainer(dense, arguments, train_dataset=rows, processing_class=make_tokenizer())
+        trainer.train()
+        assert trainer.calibration.objective == f"embedding-{used}" and trainer._distiller.pooling == used

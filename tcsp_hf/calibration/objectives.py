@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import family_of
 from ..errors import TCSPError
-
-POOLINGS = ("mean", "cls", "pooler")
+from ..pooling import POOLINGS, pooling_of_model
 
 
 class Draws:
@@ -48,7 +47,10 @@ class Draws:
 
 def sample_categorical(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Indices (n,) drawn from softmax(logits (n, classes)) by inverting the distribution function at uniform (n,)."""
-    cumulative = logits.detach().double().softmax(-1).cumsum(-1)
+    chances = logits.detach().double().softmax(-1)
+    if torch.are_deterministic_algorithms_enabled():  # sums along a row are not, on a GPU
+        chances = chances.cpu()
+    cumulative = chances.cumsum(-1).to(logits.device)
     points = (uniform.to(cumulative) * cumulative[:, -1]).unsqueeze(-1)
     return torch.searchsorted(cumulative, points, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
 
@@ -154,16 +156,20 @@ def embedding(pooling: str) -> Callable[..., torch.Tensor]:
     return objective
 
 
-def objective_of(model: PreTrainedModel, pooling: str) -> tuple[str, Callable[..., torch.Tensor]]:
+def objective_of(model: PreTrainedModel, pooling: str | None) -> tuple[str, Callable[..., torch.Tensor]]:
     """Name and function of the objective that fits the model's head.
+
+    Args:
+        pooling: of a model without a head; None: see `pooling_of_model`.
 
     Raises:
         TCSPError: an unknown pooling, or "pooler" for a model that has none.
     """
-    if pooling not in POOLINGS:
+    if pooling is not None and pooling not in POOLINGS:
         raise TCSPError(f"pooling is {pooling!r}; allowed: {', '.join(POOLINGS)}.")
     _, head = family_of(model)
     if head in ("Model", "EncoderModel"):
+        pooling = pooling_of_model(model, pooling)
         if pooling == "pooler" and getattr(model, "pooler", None) is None:
             raise TCSPError("pooling='pooler' was asked for, but this model has no pooler; allowed: 'mean', 'cls'.")
         return f"embedding-{pooling}", embedding(pooling)

@@ -20,6 +20,7 @@ from .common import (
     ModelArgument,
     OffloadOption,
     OverwriteOption,
+    PoolingOption,
     QuietOption,
     SequencesOption,
     SplitOption,
@@ -42,7 +43,7 @@ def calibrate_command(
     max_sequences: SequencesOption = 2000,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     max_length: Annotated[int | None, typer.Option(help="Tokens per sequence.", min=1)] = None,
-    pooling: Annotated[str, typer.Option(help="Of an embedding model: mean, cls or pooler.")] = "mean",
+    pooling: PoolingOption = None,
     fisher: Annotated[
         bool, typer.Option(help="Also collect gradients; --subspace balanced needs them (one backward pass).")
     ] = True,

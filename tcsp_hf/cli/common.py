@@ -52,6 +52,14 @@ ClockOption = Annotated[
     str,
     typer.Option(help="wall, or cpu: the processor's seconds on one thread, for ratios on a machine that is shared."),
 ]
+PoolingOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of an embedding model: mean, cls or pooler; what sentence-transformers' files beside it name by default, "
+        "else the mean.",
+        show_default=False,
+    ),
+]
 OffloadOption = Annotated[
     bool,
     typer.Option(
@@ -92,7 +100,8 @@ def command_line(context: typer.Context) -> str:
         elif isinstance(value, bool):
             options.append((parameter.opts if value else parameter.secondary_opts)[0])
         else:
-            options += [parameter.opts[0], shown_path(str(value))]
+            parts = str(value).split("+") if parameter.name == "data" else [str(value)]
+            options += [parameter.opts[0], "+".join(shown_path(part) for part in parts)]
     return shlex.join(["tcsp", context.info_name or "", *words, *options])
 
 

@@ -95,8 +95,9 @@ def compress_command(
     pooling: Annotated[
         str | None,
         typer.Option(
-            help="Of an embedding model, where it is calibrated here: mean, cls or pooler. With --sentence-transformer "
-            "the source's own, or what a plain encoder is written with; otherwise the mean.",
+            help="Of an embedding model, where it is calibrated here: mean, cls or pooler; what sentence-transformers' "
+            "files beside it name by default, else the mean. With --sentence-transformer also what a plain encoder is "
+            "written with.",
             show_default=False,
         ),
     ] = None,
@@ -150,6 +151,8 @@ def compress_command(
                 "of its own: leave --pooling out."
             )
     found = None if stats is None else Calibration.load(stats)
+    if found is not None and source is not None:
+        _check_pooling_of_statistics(found, model, source)
     if found is not None and found.objective.startswith("embedding-") and sentence_transformer and source is None:
         pooling = pooling or found.objective.removeprefix("embedding-")  # written from where it was read
         check_pooling(pooling, source)
@@ -184,7 +187,7 @@ def compress_command(
             max_sequences=max_sequences,
             text_columns=columns,
             fisher=subspace == "balanced",
-            pooling=pooling or pooling_of(source),
+            pooling=pooling if source is None else pooling or pooling_of(source),
             progress=progress_of(quiet, as_json),
         )
     small: Any = compress(dense, found, **options, progress=progress_of(quiet, as_json))
@@ -215,3 +218,13 @@ def compress_command(
         [name, f"{b:,}", f"{a:,}", f"{1 - a / b:.1%}" if b else "-"] for name, b, a in size_table(dense, small).rows
     ]
     print_table(f"{model} -> {output}", ["parameters", "before", "after", "removed"], rows)
+
+
+def _check_pooling_of_statistics(stats: Calibration, model: str, source: Any) -> None:
+    """Raises TCSPError where statistics are of sentences read otherwise than the source reads them."""
+    wanted = pooling_of(source)
+    if stats.objective.startswith("embedding-") and stats.objective != f"embedding-{wanted}":
+        raise TCSPError(
+            f"--stats are of {stats.objective.removeprefix('embedding-')} pooling, but {model!r} pools by {wanted}: "
+            f"calibrate with --pooling {wanted}."
+        )

@@ -10,6 +10,7 @@ import typer
 from ..architectures import dense_hidden_size
 from ..calibration.fingerprint import model_fingerprint
 from ..compression import removed_fraction
+from ..data.digest import digest_of_rows
 from ..data.sources import SQUAD_SETS, first_rows, load_data
 from ..errors import TCSPError
 from ..export.sentence_transformer import reranker_settings
@@ -19,7 +20,6 @@ from ..publish.card import write_card
 from ..publish.results import CardResults, Evaluation
 from ..tasks import TASKS, find_task, score
 from ..tasks.table import Task
-from ..train.checkpoint import digest_of_rows
 from ..train.distil import run_training, task_trainer
 from ..train.finetune import Schedule, choose_rows
 from ..train.models import load_dense
@@ -27,6 +27,7 @@ from ..train.trainer import is_compressed
 from .common import (
     JsonOption,
     OverwriteOption,
+    PoolingOption,
     QuietOption,
     check_inputs,
     check_outside,
@@ -85,7 +86,7 @@ def train_command(
         bool | None,
         typer.Option(help="Of the compressed model in training; by default only where it learns from labels alone."),
     ] = None,
-    pooling: Annotated[str, typer.Option(help="Of an embedding model: mean, cls or pooler.")] = "mean",
+    pooling: PoolingOption = None,
     data: DataFolderOption = None,
     train_split: TrainSplitOption = "train",
     eval_split: EvalSplitOption = None,

@@ -38,7 +38,7 @@ def probe_sequences(stats: Calibration, sequences: int, tokens: int) -> list[dic
 
 def objective_name(dense: PreTrainedModel, stats: Calibration) -> str:
     """What the model's outputs are compared by: the statistics' objective, or the head's own for those without."""
-    return stats.objective if stats.objective != "none" else objective_of(dense, "mean")[0]
+    return stats.objective if stats.objective != "none" else objective_of(dense, None)[0]
 
 
 def _batch_tokens(dense: PreTrainedModel, objective: str) -> int:

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from ..calibration.objectives import POOLINGS
 from ..errors import TCSPError
+from ..pooling import POOLINGS
 
 
 def check_teaching(distillation: Any, temperature: Any, hidden_weight: Any, dropout: Any) -> None:
@@ -56,7 +56,13 @@ class TCSPTrainingArguments(TrainingArguments):
             "labels alone, since the dense model drops nothing."
         },
     )
-    pooling: str = field(default="mean", metadata={"help": "Of an embedding model: mean, cls or pooler."})
+    pooling: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of an embedding model: mean, cls or pooler. None: what sentence-transformers' files beside it "
+            "name, else the mean."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +75,7 @@ class TCSPTrainingArguments(TrainingArguments):
         if self.calibration_samples < 1:
             raise TCSPError(f"calibration_samples is {self.calibration_samples!r}; it must be a positive integer.")
         check_teaching(self.distillation, self.temperature, self.hidden_weight, self.dropout)
-        if self.pooling not in POOLINGS:
+        if self.pooling is not None and self.pooling not in POOLINGS:
             raise TCSPError(f"pooling is {self.pooling!r}; allowed: {', '.join(POOLINGS)}.")
 
     @property
