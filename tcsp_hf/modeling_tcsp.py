@@ -157,14 +157,15 @@ _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compil
 def even_heads(
     backend: str | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values (batch, heads, length, size) with zeros up to one size, where that is faster.
+    """Queries, keys and values (batch, heads, length, size) with zeros up to one size, where they must be even.
 
     The fused attention of a processor takes equal sizes only; uneven ones go another way that is several times slower.
-    Zeros change neither scores nor the first entries of the context.
+    Flash attention takes no wider values (transformers would cut them). Zeros change neither scores nor the first
+    entries of the context.
     """
     size = max(query.shape[-1], value.shape[-1])
-    even = query.shape[-1] == value.shape[-1]
-    if even or backend != "sdpa" or query.device.type != "cpu" or query.shape[-2] == 1 or _is_exporting():
+    fused = backend == "sdpa" and query.device.type == "cpu" and query.shape[-2] != 1 and not _is_exporting()
+    if query.shape[-1] == value.shape[-1] or not (fused or "flash" in (backend or "")):
         return query, key, value
 
     def padded(part: torch.Tensor) -> torch.Tensor:

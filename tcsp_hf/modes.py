@@ -1,7 +1,8 @@
-"""Dense models as they are measured, and PyTorch as we compute with it, for a while."""
+"""Dense models as they are measured, tokenizers, and PyTorch as we compute with it, for a while."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,6 +46,19 @@ def check_gradients(model: nn.Module) -> None:
         )
 
 
+def check_device(model: nn.Module) -> None:
+    """That sums can be kept in float64 where a model is.
+
+    Raises:
+        TCSPError: it is on an Apple GPU.
+    """
+    if any(parameter.device.type == "mps" for parameter in model.parameters()):
+        raise TCSPError(
+            "The model is on mps, which has no float64, but calibrating and compressing add up in it: do both on the "
+            'CPU with model.to("cpu") (use_cpu=True in the arguments of a trainer); the result may go to mps.'
+        )
+
+
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Put models into evaluation mode, feed-forward networks in one piece, outputs by name; all as before afterwards.
@@ -72,3 +86,28 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             setattr(module, _CHUNK, size)
         for config, value in by_name:
             config.return_dict = value
+
+
+@contextmanager
+def kept_settings(tokenizer: Any) -> Iterator[None]:
+    """Afterwards a tokenizer cuts and pads as before.
+
+    A fast one remembers how it was told to last, and `save_pretrained` writes that into tokenizer.json, for everyone
+    who reads that without transformers.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        yield
+        return
+    truncation, padding = backend.truncation, backend.padding
+    try:
+        yield
+    finally:
+        if truncation is None:
+            backend.no_truncation()
+        else:
+            backend.enable_truncation(**truncation)
+        if padding is None:
+            backend.no_padding()
+        else:
+            backend.enable_padding(**padding)

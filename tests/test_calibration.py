@@ -437,3 +437,56 @@ def test_poolings_that_do_not_fit():
     encoder = find("t5-EncoderModel")
     with pytest.raises(TCSPError, match="has no pooler"):
         calibrated(encoder, dense_and_statistics(encoder)[0], pooling="pooler")
+
+
+def test_a_fast_tokenizer_cuts_as_before(tokenizer):
+    """What it was told last would be saved, and read by everyone who uses its file without transformers."""
+    pairs = [(f"w{i} w{i + 1}", f"w{i}") for i in range(20)]
+    calibrate(make_dense(T5, torch.float32), pairs, tokenizer=tokenizer, progress=False)
+    assert tokenizer.backend_tokenizer.truncation is None and tokenizer.backend_tokenizer.padding is None
+    tokenizer(["w1", "w1 w2"], truncation=True, max_length=7, padding="max_length")
+    before = tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding
+    with pytest.raises(TCSPError):
+        calibrate(make_dense(BERT, torch.float32), [*(one for one, _ in pairs), 3], tokenizer=tokenizer, progress=False)
+    assert (tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding) == before
+
+
+def test_rows_whose_labels_all_are_left_out():
+    rows = make_rows(T5, 30)
+    bad = [{**row, "labels": [-100] * 3} for row in rows[:3]]
+    dense = make_dense(T5, torch.float32)
+    stats = calibrate(dense, rows + bad, progress=False)
+    assert_equal_statistics(stats, calibrate(dense, rows, progress=False))
+    compress(dense, stats, remove=0.3, progress=False)
+
+
+def test_precision_set_by_the_newer_settings(monkeypatch):
+    """PyTorch's older question is an error then (it is what transformers' tf32=True leaves behind)."""
+    dense, rows = make_dense(BERT, torch.float32), make_rows(BERT, 20)
+    expected = calibrate(dense, rows, progress=False)
+
+    def mixed():
+        raise RuntimeError("mix of legacy and new APIs")
+
+    monkeypatch.setattr("torch.get_float32_matmul_precision", mixed)
+    found = calibrate(dense, rows, progress=False)
+    for name, site in expected.sites.items():
+        assert relative(found.sites[name].second_moment, site.second_moment) <= 1e-6
+
+
+def test_deterministic_algorithms_change_nothing():
+    dense, rows = make_dense(BERT, torch.float32), make_rows(BERT, 20)
+    expected = calibrate(dense, rows, progress=False)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_equal_statistics(calibrate(dense, rows, progress=False), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_model_on_a_device_without_float64(monkeypatch):
+    dense, stats = dense_and_statistics(BERT)
+    monkeypatch.setattr(torch.nn.Parameter, "device", torch.device("mps"), raising=False)
+    for work in (lambda: calibrate(dense, make_rows(BERT, 4)), lambda: compress(dense, stats, hidden_size=8)):
+        with pytest.raises(TCSPError, match=r"on mps, which has no float64.*use_cpu=True"):
+            work()

@@ -156,3 +156,14 @@ def test_function_transforms_without_gradients() -> None:
         _, change = torch.func.jvp(lambda x: model(inputs_embeds=x).logits, (states,), (torch.ones_like(states),))
     assert torch.allclose(together, alone, atol=1e-5)
     assert bool(change.abs().sum() > 0)
+
+
+@pytest.mark.parametrize("sizes", [(4, 8), (8, 4)], ids=str)
+def test_flash_attention_gets_even_heads(sizes: tuple[int, int]) -> None:
+    """transformers pads narrow values for it, and cuts wide ones."""
+    for backend in ("flash_attention_2", "kernels-community/flash-attn"):
+        parts = [torch.ones(1, 2, 3, size) for size in (sizes[0], sizes[0], sizes[1])]
+        padded = modeling_tcsp.even_heads(backend, *parts)
+        assert [part.shape[-1] for part in padded] == [8, 8, 8]
+        assert all(torch.equal(new[..., : old.shape[-1]], old) for new, old in zip(padded, parts, strict=True))
+        assert not any(new[..., old.shape[-1] :].any() for new, old in zip(padded, parts, strict=True))

@@ -7,13 +7,14 @@ import torch
 from common import D, find, make_dense, make_rows
 from refit_problems import HEAD, HEADS, NEURONS, Rows, record
 
-from tcsp_hf import TCSPError, calibrate
+from tcsp_hf import TCSPError, calibrate, compress
 from tcsp_hf.architectures import sites_of
 from tcsp_hf.compression.cuts import cut_filters, cut_values, head_rows
 from tcsp_hf.compression.filters import drop_inputs
 from tcsp_hf.compression.heads import drop_heads, inverse_root, score_factors, score_moments, value_factors
 from tcsp_hf.compression.least_squares import NormalEquations, Segments, ridge, solve
 from tcsp_hf.compression.metrics import Metrics
+from tcsp_hf.compression.refit_bert import BertRefit, RefitResult
 from tcsp_hf.compression.streams import padded_batches
 from tcsp_hf.compression.subspace import symmetric_root
 
@@ -386,3 +387,28 @@ def test_recording_leaves_what_the_norms_divide_by() -> None:
         stream = sums["sum"][0] - (sums["sum"][0].mean(-1, keepdim=True) if case.family == "bert" else 0.0)
         torch.testing.assert_close(found[name][0].double(), stream.square().mean(-1).sqrt(), rtol=1e-5, atol=1e-5)
         assert not metrics.sites[name].norm._forward_pre_hooks
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-3])
+def test_the_refit_carries_what_the_model_computes(eps: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last stream is the compressed model's, also where a norm's epsilon counts."""
+    dense = make_dense(find("bert-Model"), torch.float32, layer_norm_eps=eps)
+    stats = calibrate(dense, make_rows(find("bert-Model"), 200), progress=False)
+    made: list[tuple[RefitResult, torch.Tensor]] = []
+    run = BertRefit.run
+
+    def recorded(refit: BertRefit) -> RefitResult:
+        result = run(refit)
+        made.append((result, result.carried.read(slice(0, result.sample.tokens))))
+        return result
+
+    monkeypatch.setattr(BertRefit, "run", recorded)
+    small = compress(dense, stats, remove=0.3, progress=False)
+    rows = sorted(stats.sample.sequences(), key=lambda row: len(row["input_ids"]))
+    ((result, carried),) = made
+    for group in result.sample.groups:
+        inputs = [rows.pop(0) for _ in group.members]
+        tensors = {name: torch.tensor([row[name] for row in inputs]) for name in ("input_ids", "token_type_ids")}
+        with torch.no_grad():
+            found = small(**tensors).last_hidden_state.flatten(0, 1)
+        torch.testing.assert_close(carried[group.rows], found, rtol=1e-4, atol=1e-4)

@@ -139,7 +139,7 @@ def _token_rows(items: Iterable[Any], targets: bool) -> Iterator[Row]:
         columns = list(row) if columns is None else columns
         if list(row) != columns:
             raise TCSPError(f"data holds rows of tokens with the columns {columns} and with {list(row)}: give all one.")
-        if all(row[name] for name in row):
+        if all(row[name] for name in row) and any(label != -100 for label in row.get("labels", [0])):
             yield row
 
 

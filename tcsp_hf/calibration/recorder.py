@@ -192,5 +192,4 @@ def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
 
 def _add(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
     """Add to a float64 sum."""
-    value = value.cpu() if value.device.type == "mps" else value
     sums[name] = sums[name].to(value.device) + value if name in sums else value.double()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import Site, blocks_of, dense_hidden_size, family_of, sites_of, writing_options
 from ..errors import TCSPError
-from ..modes import check_gradients, evaluating, own_defaults
+from ..modes import check_device, check_gradients, evaluating, kept_settings, own_defaults
 from ..offload import device_of, forgetting
 from ..ranks import rank_and_size
 from .checkpoint import Checkpoint
@@ -45,7 +45,7 @@ def calibrate(
     max_sequences: int | None = None,
     text_columns: str | tuple[str, ...] | None = None,
     fisher: bool = True,
-    pooling: str = "mean",
+    pooling: str | None = None,
     max_target_length: int = 32,
     sample_tokens: int = 65_536,
     seed: int = 0,
@@ -73,7 +73,8 @@ def calibrate(
         text_columns: one or two column names; found by name when None (for a sequence-to-sequence language model only
             one, as which of two is the target is not known).
         fisher: also collect Gamma, the second moment of the gradients; `subspace="balanced"` needs it.
-        pooling: for models without a head: `"mean"`, `"cls"` or `"pooler"`.
+        pooling: for models without a head: `"mean"`, `"cls"` or `"pooler"`. None: what sentence-transformers' files
+            beside the checkpoint name, where there are any; else the mean.
         max_target_length: longest decoder input, in tokens.
         sample_tokens: keep a sample of the token sequences of at most this many tokens beside the statistics: the
             refit of `compress` reads it. 0 keeps none (nothing of the text is stored then).
@@ -95,6 +96,7 @@ def calibrate(
             checkpoint of another model, of other data or arguments.
     """
     family, head = family_of(model)
+    check_device(model)
     check_gradients(model)
     for name, value in (
         ("batch_size", batch_size),
@@ -175,7 +177,7 @@ def calibrate(
         desc="calibrate",
         disable=None if progress is None else not progress,
     )
-    with _ready(model), recorder.attached(model), forgetting(model), bar:
+    with _ready(model), kept_settings(tokenizer), recorder.attached(model), forgetting(model), bar:
         for batch in batches(data, options):
             if head == "ForMultipleChoice" and batch["input_ids"].dim() == 2:
                 raise TCSPError(

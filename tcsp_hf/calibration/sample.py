@@ -46,7 +46,7 @@ class TokenSample:
     def add(self, key: int, rows: dict[str, list[int]]) -> None:
         """Offer one sequence with its hash."""
         size = _length(rows)
-        if size == 0 or size > self.budget or key >= self._limit:
+        if not all(rows.values()) or size > self.budget or key >= self._limit:
             return
         heapq.heappush(self._heap, _Entry(-key, rows))
         self._tokens += size
@@ -119,8 +119,7 @@ class TokenSample:
         if "input_ids" not in columns:
             raise TCSPError("The statistics' token sample is damaged: it has no input_ids.")
         for i, halves in enumerate(keys.tolist()):
-            if columns["input_ids"][i]:
-                sample.add(_whole(*halves), {name: rows[i] for name, rows in columns.items()})
+            sample.add(_whole(*halves), {name: rows[i] for name, rows in columns.items()})
         return sample
 
 

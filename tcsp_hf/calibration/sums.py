@@ -22,8 +22,6 @@ class OuterSums:
 
     def add(self, name: str, rows: torch.Tensor) -> None:
         """Add the rows (n, D), float32 or float64, to the sum `name`."""
-        if rows.device.type == "mps":  # has no float64
-            rows = rows.cpu()
         total = self.upper.get(name)
         if total is None:
             total = torch.zeros(self._size, self._size, dtype=torch.float64)
@@ -48,7 +46,8 @@ class OuterSums:
         """The first name whose sum holds a NaN or an infinity; its squares, on the diagonal, tell."""
         if not self.upper:
             return None
-        traces = torch.stack([total.diagonal().sum() for total in self.upper.values()])
+        found = [total.diagonal().sum() for total in self.upper.values()]
+        traces = torch.stack([trace.to(found[-1].device) for trace in found])  # restored ones may be on the CPU still
         if bool(torch.isfinite(traces.sum())):  # on a GPU the only time that a batch is waited for
             return None
         return next((name for name, trace in zip(self.upper, traces.tolist(), strict=True) if trace - trace != 0), None)
@@ -63,4 +62,8 @@ class OuterSums:
 
 def exact(rows: torch.Tensor) -> torch.Tensor:
     """Rows whose product keeps float32's precision: float64 where products of float32 are set to be rounded."""
-    return rows if torch.get_float32_matmul_precision() == "highest" else rows.double()
+    try:
+        plain = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by PyTorch's newer settings, and not to full precision
+        plain = False
+    return rows if plain else rows.double()

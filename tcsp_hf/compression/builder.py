@@ -235,8 +235,7 @@ class Builder:
     def _load(self, small: Any, tensors: Tensors) -> None:
         """Put the projected tensors into the model, in the dense model's dtypes, on its device."""
         give_back(sum(value.nbytes for value in tensors.values()))
-        # sums hold a NaN or an infinity where one of their terms does; an entry is never held twice
-        broken = [name for name, value in tensors.items() if not value.sum(dtype=torch.float64).isfinite()]
+        broken = [name for name, value in tensors.items() if not _is_finite(value)]
         if broken:
             raise TCSPError(f"The projected weights hold a NaN or an infinity: {broken[0]}. Check the dense weights.")
         small.to(dtype=self.dense.dtype)
@@ -250,3 +249,8 @@ class Builder:
         for name, place in places.items():
             place.copy_(tensors.pop(name))
         small.to(device_of(self.dense))
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no entry is a NaN or an infinity; nothing of the tensor's size is made."""
+    return all(bool(end.isfinite()) for end in tensor.aminmax()) if tensor.numel() else True

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..architectures import dense_hidden_size, family_of
 from ..calibration import Calibration
 from ..errors import TCSPError
-from ..modes import check_gradients, evaluating, own_defaults
+from ..modes import check_device, check_gradients, evaluating, own_defaults
 from . import bert, t5
 from .builder import Builder
 from .check import doubt_about, measured_loss, objective_name
@@ -94,6 +94,7 @@ def compress(
         TCSPError: bad arguments, statistics of another model, or too few tokens; nothing was built then.
     """
     family, head = family_of(model)
+    check_device(model)
     check_gradients(model)
     check_statistics(model, stats)
     request = check_request(

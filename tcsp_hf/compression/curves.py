@@ -431,8 +431,8 @@ class CurveMeasure:
             mine = slice(head * size, (head + 1) * size)
             root, inverse_of_root = inverse_root(torch.linalg.inv(inverse[mine, mine]))
             _, losses, right = torch.linalg.svd(weighed[:, mine] @ root, full_matrices=len(weighed) < size)
-            losses = losses.square()
-            curve[: len(losses)] += losses.flip(0).cumsum(0).flip(0).cpu()
+            losses = losses.square().cpu()
+            curve[: len(losses)] += losses.flip(0).cumsum(0).flip(0)
             turns.append(right @ inverse_of_root)
 
         def alter(kept: int, stack: ExitStack) -> None:

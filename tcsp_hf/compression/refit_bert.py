@@ -239,10 +239,11 @@ class BertRefit:
         return carried
 
     def _unit(self, sums: torch.Tensor, basis: Basis) -> torch.Tensor:
-        """y / rms(y), the norm's output for weight 1."""
+        """The norm's output for weight 1: y / sqrt(mean(y²) + eps), eps as in `TCSPBertSiteNorm`."""
         if basis.size == self.full:
             sums = sums - sums.mean(-1, keepdim=True)
-        return sums / sums.square().mean(-1, keepdim=True).clamp(min=1e-24).sqrt()
+        floor = self.norm_eps * self.full / basis.size
+        return sums / (sums.square().mean(-1, keepdim=True) + floor).clamp(min=1e-24).sqrt()
 
     def _decoder(self, site: int, basis: Basis, dense: Stream, carried: Stream) -> torch.Tensor:
         """(k + 1, D) float64: n ~ [z, 1] @ decoder."""

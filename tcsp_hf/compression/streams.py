@@ -98,7 +98,7 @@ def padded_batches(
                 column = column_of(members, name)
                 if column is None:
                     continue
-                rows = [torch.tensor(row) for row in column]
+                rows = [torch.tensor(row, dtype=torch.int64) for row in column]
                 batch[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
                 if name in ("input_ids", "decoder_input_ids"):
                     ones = [torch.ones_like(row) for row in rows]

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from ..data.checks import check_answers_stand_there
+from ..modes import kept_settings
 from .inputs import right_padding
 from .squad import answer_positions, encode_windows
 from .table import CLASSIFICATION, SPANS, TEXT, Task
@@ -46,7 +47,8 @@ def make_features(task: Task, form: str, data: Any, tokenizer: Any, max_length: 
         return {**encoded, "labels": labels["input_ids"]}
 
     encode = classification if form == CLASSIFICATION else spans if form == SPANS else text
-    return data.map(encode, batched=True, remove_columns=data.column_names, desc="tokenise")
+    with kept_settings(tokenizer):
+        return data.map(encode, batched=True, remove_columns=data.column_names, desc="tokenise")
 
 
 def make_collator(form: str, tokenizer: Any, model: Any) -> Any:
