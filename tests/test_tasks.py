@@ -122,7 +122,6 @@ def test_squad_scores() -> None:
         st.tuples(st.sampled_from(["", "cat", "dog"]), st.sampled_from([[], ["cat"], ["dog"]]), st.integers(0, 9)),
         min_size=1,
         max_size=8,
-        unique_by=lambda item: item[2],
     )
 )
 def test_best_threshold_is_the_best_of_all(items: list[tuple[str, list[str], int]]) -> None:

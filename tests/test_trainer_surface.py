@@ -60,6 +60,29 @@ def test_the_users_own_loss_gets_the_number_of_labels(tmp_path: Path) -> None:
     assert history(_compute_loss_func=loss) == pytest.approx(history(), rel=1e-5)
 
 
+@pytest.mark.parametrize("case", [CLASSIFIER, find("bert-Model")], ids=str)
+def test_the_users_own_loss_is_asked_without_labels_too(case: Any, tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        asked.append(labels)
+        return outputs[0].square().mean()
+
+    fields = {"labelled": False, "max_steps": 2, "_compute_loss_func": loss}
+    make_trainer(case, tmp_path, distillation=0.5, **fields).train()
+    assert asked == [None, None]
+
+
+def test_a_sampler_by_length_is_told_the_epoch(tmp_path: Path) -> None:
+    """By the trainer itself: in a resumed epoch on several processes accelerate does not reach it."""
+    trainer = make_trainer(CLASSIFIER, tmp_path, train_sampling_strategy="group_by_length")
+    sampler = trainer._get_train_sampler()
+    first = list(sampler)
+    trainer.state.epoch = 1.5
+    trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+    assert sampler.epoch == 1 and list(sampler) != first
+
+
 def test_the_users_own_loss_needs_no_labels(tmp_path: Path) -> None:
     class Own(TCSPTrainer):
         def compute_loss(

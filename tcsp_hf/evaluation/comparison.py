@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..calibration import Calibration, calibrate
 from ..calibration.divergence import model_inputs
 from ..compression.streams import padded_batches
+from ..data.digest import digest_of_rows
 from ..data.sources import load_data
 from ..loading import load_model, load_tokenizer
 from .flops import count_flops
@@ -91,14 +92,23 @@ class Comparison:
             stats.save(self.cache)
         return stats
 
+    @property
+    def digest(self) -> str:
+        """Of the texts that are scored, and of those to calibrate on."""
+        chosen = self.task.calibration_texts(self.data, self.sequences, self.seed)
+        return f"{digest_of_rows(list(self.task.texts()))} {digest_of_rows(chosen)}"
+
     @cached_property
     def forward_seconds(self) -> float:
         """A plain forward pass of the dense model over the sample that the statistics carry: what a refit reads."""
-        wait_for(self.dense.device)
-        started = time.perf_counter()
+        device = self.dense.device
+        batches = [model_inputs(self.dense, batch) for batch in padded_batches(self.stats.sample.sequences(), device)]
         with torch.inference_mode():
-            for batch in padded_batches(self.stats.sample.sequences(), self.dense.device):
-                self.dense(**model_inputs(self.dense, batch))
+            self.dense(**batches[0])  # a process's first pass loads more than weights
+            wait_for(device)
+            started = time.perf_counter()
+            for batch in batches:
+                self.dense(**batch)
         wait_for(self.dense.device)
         return time.perf_counter() - started
 

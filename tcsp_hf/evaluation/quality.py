@@ -113,7 +113,8 @@ class QualityFolder:
             self._forget()
         else:
             for name, value in self.identity.items():
-                if name != "model" and found.get(name) != value:  # the fingerprint says which model it is
+                new = name == "texts" and name not in found  # (folders of earlier versions do not have it)
+                if name != "model" and not new and found.get(name) != value:  # the fingerprint says which model it is
                     raise TCSPError(
                         f"{folder} holds rows of another comparison: {name} is {found.get(name)!r} there and {value!r} "
                         "now. Name another folder, or start again there with fresh (--fresh)."
@@ -212,6 +213,7 @@ def identity_of(comparison: Comparison, plan: Plan, names: dict[str, Any]) -> di
         "device": str(comparison.dense.device),
         "threads": torch.get_num_threads(),
         "method_version": METHOD_VERSION,
+        "texts": comparison.digest,
     }
 
 
@@ -334,7 +336,7 @@ def shortfalls(rows: Sequence[Row], task: str | None) -> list[str]:
                     f"{other['distance']:.4f}, ours {ours['score']:.4f} and {ours['distance']:.4f}"
                 )
         least, most = bars.get(asked, (-float("inf"), float("inf")))
-        if ours["score"] < least or ours["distance"] > most:
+        if not (ours["score"] >= least and ours["distance"] <= most):  # (true of no number as well)
             found.append(
                 f"at {asked:.0%} ours has {ours['score']:.4f} and {ours['distance']:.4f}; the bar is {least} and {most}"
             )

@@ -7,6 +7,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import datasets
@@ -100,13 +101,21 @@ def _best_threshold(
     golds: Mapping[str, Sequence[str]],
     no_answer: Mapping[str, float],
 ) -> float:
-    """Best mean over thresholds t, when every question with a probability above t is left unanswered."""
+    """Best mean over thresholds t, when every question with a probability above t is left unanswered.
+
+    No threshold lies between equal probabilities (the official script looks there as well).
+    """
+
+    def probability(key: str) -> float:
+        return no_answer.get(key, 0.0)
+
     current = best = sum(1.0 for texts in golds.values() if texts == [""])  # everything left unanswered
-    for key in sorted(golds, key=lambda key: no_answer.get(key, 0.0)):
-        if golds[key] == [""]:
-            current -= 1.0 if predictions.get(key) else 0.0
-        else:
-            current += _best(rule, predictions, golds, key)
+    for _, keys in groupby(sorted(golds, key=probability), key=probability):
+        for key in keys:
+            if golds[key] == [""]:
+                current -= 1.0 if predictions.get(key) else 0.0
+            else:
+                current += _best(rule, predictions, golds, key)
         best = max(best, current)
     return 100.0 * best / len(golds)
 

@@ -1,6 +1,5 @@
 """What a checkpoint of the trainer holds beside transformers' own files, and which checkpoint to resume from."""
 
-import hashlib
 import json
 import logging
 import os
@@ -17,7 +16,6 @@ logger = logging.getLogger("tcsp_hf")
 _RECORD, _TARGETS = "tcsp_trainer.json", "tcsp_trainer.safetensors"
 _STATE = "trainer_state.json"
 _RUN = "tcsp_run.json"
-_BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -116,14 +114,6 @@ def claim(folder: Path, run: dict[str, Any]) -> Path | None:
                 "on with the same value, or name another folder."
             )
     return last
-
-
-def digest_of_rows(rows: Any) -> str:
-    """Hash of a list, or of a `datasets.Dataset`, in its order."""
-    digest = hashlib.sha256()
-    for part in rows.iter(_BATCH) if hasattr(rows, "iter") else rows:
-        digest.update(json.dumps(part, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
 
 
 def _step(path: Path) -> int:

@@ -5,11 +5,13 @@ from typing import Any
 
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
+from ..architectures import family_of
 from ..calibration import Calibration
 from ..calibration.inputs import TEXT_COLUMNS
 from ..compression import Search
 from ..data.checks import check_texts
 from ..errors import TCSPError
+from ..modes import kept_settings
 from ..ranks import on_first_rank
 from ..tasks.features import make_collator, make_features
 from ..tasks.inputs import input_length, right_padding
@@ -22,8 +24,17 @@ from .trainer import TCSPSeq2SeqTrainer, TCSPTrainer
 _TEXT_LENGTH = 128
 
 
-def text_features(data: Any, tokenizer: Any, max_length: int | None, columns: tuple[str, ...] | None = None) -> Any:
+def text_features(
+    data: Any,
+    tokenizer: Any,
+    max_length: int | None,
+    columns: tuple[str, ...] | None = None,
+    single: bool = False,
+) -> Any:
     """Token ids of unlabelled text: a list of strings, or a dataset with text columns.
+
+    Args:
+        single: texts of several columns one by one, each once, instead of as pairs.
 
     Raises:
         TCSPError: no text column is found, or one that is not text in every row.
@@ -36,13 +47,17 @@ def text_features(data: Any, tokenizer: Any, max_length: int | None, columns: tu
     if chosen is None or any(name not in names for name in chosen):
         raise TCSPError(f"No text column {chosen or ''} among {names}: name one or two.")
     check_texts(rows, chosen, "the training text")
+    if single and len(chosen) > 1:
+        texts = dict.fromkeys(text for name in chosen for text in rows[name])
+        rows, names, chosen = Dataset.from_dict({"text": list(texts)}), ["text"], ("text",)
     length = max_length or _TEXT_LENGTH
-    return rows.map(
-        lambda batch: tokenizer(*(batch[name] for name in chosen), truncation=True, max_length=length),
-        batched=True,
-        remove_columns=names,
-        desc="tokenise",
-    )
+    with kept_settings(tokenizer):
+        return rows.map(
+            lambda batch: tokenizer(*(batch[name] for name in chosen), truncation=True, max_length=length),
+            batched=True,
+            remove_columns=names,
+            desc="tokenise",
+        )
 
 
 def task_trainer(
@@ -79,7 +94,8 @@ def task_trainer(
     made = (TCSPSeq2SeqTrainer, TCSPSeq2SeqTrainingArguments) if form == TEXT else (TCSPTrainer, TCSPTrainingArguments)
     arguments = made[1](**schedule.arguments(folder, quiet, **options))
     if task is None or form is None:
-        features = text_features(data, tokenizer, length)
+        encoder = family_of(dense)[1] in ("Model", "EncoderModel")  # which reads no pairs
+        features = text_features(data, tokenizer, length, single=encoder)
         collator: Any = DataCollatorWithPadding(right_padding(tokenizer))
     else:
         features = make_features(task, form, data, tokenizer, length)

@@ -23,12 +23,12 @@ from ..calibration.fingerprint import model_fingerprint
 from ..clock import NOTHING, Clock, Took
 from ..compression import Search, removed_fraction
 from ..compression.plan import AXES
+from ..data.digest import digest_of_rows
 from ..errors import TCSPError
 from ..files import new_folder, write_whole
 from ..loading import load_model, load_tokenizer, resolve_name
 from ..tasks import Task, find_task, score
 from .arguments import check_teaching
-from .checkpoint import digest_of_rows
 from .distil import run_training, task_trainer
 from .finetune import Schedule, choose_rows, finetune
 from .models import load_for_task

@@ -255,14 +255,15 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
 
     pyplot = require_matplotlib()
     figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    lines: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    lines: dict[tuple[str, str, str], list[tuple[float, float]]] = {}  # by the model's path: names may be alike
     for group in groups_of(results):
         dense = statistics.mean(group.dense)
         if dense:
             point = (100 * group.removed, 100 * statistics.mean(group.scores) / dense)
-            lines.setdefault((group.model.rstrip("/").split("/")[-1], group.task, group.mode), []).append(point)
-    for label, points in lines.items():
-        axis.plot(*zip(*sorted(points), strict=True), "o-", label=", ".join(label))
+            lines.setdefault((group.model, group.task, _named(group.mode, group.settings)), []).append(point)
+    for (model, *more), points in lines.items():
+        label = ", ".join([model.rstrip("/").split("/")[-1], *more])
+        axis.plot(*zip(*sorted(points), strict=True), "o-", label=label)
     axis.axhline(100, color="black", linewidth=1)
     axis.set_xlabel("removed, in % of the non-embedding parameters")
     axis.set_ylabel("score, in % of the dense model's")

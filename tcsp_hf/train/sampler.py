@@ -1,8 +1,10 @@
 """Batches of like length whose order depends on the seed and the epoch alone, so that a resumed run repeats it."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
@@ -20,3 +22,13 @@ class EpochLengthSampler(LengthGroupedSampler):
     def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(self.seed + self.epoch)
         return super().__iter__()
+
+
+class EpochOfSampler(TrainerCallback):
+    """Tells the sampler the epoch: accelerate does not reach it where an epoch is resumed on several processes."""
+
+    def __init__(self, sampler: EpochLengthSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))

@@ -22,11 +22,12 @@ from ..compression.body import compress_body, has_body, new_head
 from ..compression.request import check_request
 from ..errors import TCSPError
 from ..loading import load_model
+from ..pooling import pooling_of_model
 from ..ranks import on_every_rank, on_first_rank, rank_and_size, unwrap
 from .arguments import TCSPTrainingArguments
 from .checkpoint import Record, check_resumable, checkpoint_to_resume, load_targets, save_targets
 from .distillation import Distiller, Silenced
-from .sampler import EpochLengthSampler
+from .sampler import EpochLengthSampler, EpochOfSampler
 from .sites import Batch, SiteSums, SiteTargets
 
 logger = logging.getLogger("tcsp_hf")
@@ -355,7 +356,7 @@ class _CompressingTrainer(Trainer):
             targets=None,
             temperature=self.args.temperature,
             hidden_weight=self.args.hidden_weight,
-            pooling=self.args.pooling,
+            pooling=pooling_of_model(teacher, self.args.pooling),
             label_names=tuple(self.label_names),
             autocast=self.accelerator.autocast,
         )
@@ -390,9 +391,11 @@ class _CompressingTrainer(Trainer):
         share = self.args.distillation
         small = _plain(self.accelerator.unwrap_model(model))
         labelled = any(inputs.get(name) is not None for name in self.label_names)
+        # (a loss of the user's own may need no labels; what a T5's teacher writes in their place is for itself)
+        own = labelled or (self.compute_loss_func is not None and not distiller.writes)
         inputs = distiller.complete(inputs)
         with distiller.recording(small) as carried:
-            if labelled and share < 1.0:
+            if own and share < 1.0:
                 count = self._get_num_items_in_batch([inputs], self.args.device)  # losses are means over a batch
                 loss, outputs = super().compute_loss(model, dict(inputs), True, count)
             else:
@@ -482,7 +485,9 @@ class _CompressingTrainer(Trainer):
         sampler: Any = super()._get_train_sampler(train_dataset)
         if self.args.train_sampling_strategy != "group_by_length" or sampler is None:
             return sampler
-        return EpochLengthSampler(sampler.batch_size, lengths=sampler.lengths, seed=self._data_seed)
+        made = EpochLengthSampler(sampler.batch_size, lengths=sampler.lengths, seed=self._data_seed)
+        self.add_callback(EpochOfSampler(made))
+        return made
 
     @property
     def _data_seed(self) -> int:

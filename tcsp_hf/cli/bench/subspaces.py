@@ -80,6 +80,6 @@ def subspaces_command(
     for row in (row for row in rows if row["refit"]):
         drop = dense - row.get(bench.task.score_name, -float("inf"))
         lost = max_accuracy_drop is not None and drop > max_accuracy_drop
-        if lost or (max_kl is not None and row.get("kl", float("inf")) > max_kl):
+        if lost or (max_kl is not None and not row.get("kl", float("inf")) <= max_kl):
             typer.echo(f"Short of the bar at hidden size {row['hidden_size']}.", err=True)
             raise typer.Exit(1)
