@@ -9,14 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
-from common import EOS, ONE_SOURCE_CASES, Case, calibrated, find, make_dense, make_small, make_tokenizer, make_uneven
+from common import (
+    EOS,
+    ONE_SOURCE_CASES,
+    Case,
+    calibrated,
+    find,
+    make_dense,
+    make_rows,
+    make_small,
+    make_tokenizer,
+    make_uneven,
+)
 from huggingface_hub import ModelCard, constants
 from test_cli import tcsp
 from tokenizers.processors import TemplateProcessing
+from training import make_trainer
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from tcsp_hf import TCSPError, compress
+from tcsp_hf import TCSPError, calibrate, compress
 from tcsp_hf.publish import CardResults, Evaluation, Latency, ModelCardCallback, render_card, write_card
 from tcsp_hf.publish.card import licence_of
 from tcsp_hf.publish.checkpoint import read_checkpoint
@@ -251,6 +264,47 @@ def test_a_missing_picture_writes_nothing(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TCSPError, match=r"nowhere\.png"):
         write_card(folder, RESULTS, pictures={"x": tmp_path / "nowhere.png"})
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_pictures_of_one_name_are_refused(folder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(b"\x89PNG")
+    before = sorted(path.name for path in folder.iterdir())
+    both = {"first": tmp_path / "a" / "x.png", "second": tmp_path / "b" / "x.png"}
+    for write in (
+        lambda: write_card(folder, RESULTS, pictures=both),
+        lambda: shelve_card(folder, tmp_path / "shelf" / "one.md", RESULTS, pictures=both),
+    ):
+        with pytest.raises(TCSPError, match=r"Two pictures are called x\.png"):
+            write()
+    assert sorted(path.name for path in folder.iterdir()) == before and not (tmp_path / "shelf").exists()
+
+
+def test_a_relative_folder_is_no_repository_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`runs/dense` would be a name on the Hub: the card says the same wherever it is written."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    make_dense(CLASSIFIER, torch.float32).save_pretrained(tmp_path / "runs" / "dense")
+    (tmp_path / "runs" / "dense" / "README.md").write_text("---\nlicense: mit\n---\n")
+    monkeypatch.chdir(tmp_path)
+    dense = transformers.BertForSequenceClassification.from_pretrained("runs/dense")
+    compress(dense, calibrate(dense, make_rows(CLASSIFIER), progress=False), hidden_size=16).save_pretrained("small")
+    here = render_card("small", name="me/small")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert render_card("../small", name="me/small") == here
+    assert "license: mit" in here and "base_model" not in here and str(tmp_path) not in here
+
+
+def test_a_trained_models_card_says_so(folder: Path, tmp_path: Path) -> None:
+    assert "and then trained" not in render_card(folder) and "before the training" not in render_card(folder)
+    for share, words in ((0.0, "labels alone"), (1.0, "the dense model's outputs (1)")):
+        trainer = make_trainer(CLASSIFIER, tmp_path / "run", max_steps=1, distillation=share)
+        trainer.train()
+        trainer.save_model(str(tmp_path / f"trained-{share}"))
+        card = render_card(tmp_path / f"trained-{share}")
+        assert f"without labels, and then trained (on {words})" in card.replace("\n", " ")
+        assert "| measured_kl (before the training) |" in card
 
 
 def test_results_survive_and_merge(folder: Path) -> None:

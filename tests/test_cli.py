@@ -370,3 +370,9 @@ def test_a_folder_that_is_not_there_is_named(name: str, texts: Path, tmp_path: P
             load(name)
     with pytest.raises(TCSPError, match=expected):
         load_for_task(name, find_task("mrpc"))
+
+
+def test_a_card_shows_no_folder_of_joined_data(dense: Path, texts: Path, tmp_path: Path) -> None:
+    tcsp("compress", dense, "-o", tmp_path / "small", "--data", f"{texts}+{texts}", "--hidden-size", 16, "--quiet")
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert f"--data {texts.name}+{texts.name}" in card and str(tmp_path) not in card

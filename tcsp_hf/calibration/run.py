@@ -131,7 +131,7 @@ def calibrate(
     )
     result = Calibration(
         model_fingerprint=model_fingerprint(model),
-        source_model=str(getattr(config, "_name_or_path", "") or type(model).__name__),
+        source_model=_name_of(model),
         model_type=config.model_type,
         hidden_size=dense_hidden_size(model),
         objective=name if fisher else "none",
@@ -219,6 +219,12 @@ def calibrate(
     result.sites = recorder.statistics()
     result.sample = sample
     return result
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    """What it was loaded by; of a folder the whole path, which means the same from everywhere."""
+    name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    return os.path.abspath(name) if os.path.isdir(name) else name
 
 
 def _chosen_sites(model: PreTrainedModel, patterns: Sequence[str] | None) -> list[Site]:

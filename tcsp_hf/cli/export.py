@@ -1,5 +1,6 @@
 """`tcsp export`."""
 
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -28,6 +29,8 @@ from .common import (
     progress_of,
     write_texts,
 )
+
+logger = logging.getLogger("tcsp_hf")
 
 FORMATS = ("t5", "bert", "ctranslate2", "onnx", "openvino")
 _GRAPHS = {"onnx": (require_onnx, export_onnx), "openvino": (require_openvino, export_openvino)}
@@ -84,6 +87,12 @@ def export_command(
             _copy_checkpoint(model, small, tokenizer, settings, staging, form)
             facts["differences"] = _GRAPHS[form][1](small, staging / form, progress=bars)
     else:
+        if not settings and Path(model, "modules.json").is_file():
+            logger.warning(
+                "%s is a sentence-transformers folder: its pooling, prompts and later modules, and the map back to the "
+                "dense model's embeddings, are not part of a stock model.",
+                model,
+            )
         plain = to_plain_bert(small, found, neurons=neurons, progress=bars) if form == "bert" else to_plain_t5(small)
         facts["class"] = type(plain).__name__
         with new_folder(output, overwrite) as staging, tempfile.TemporaryDirectory() as temporary:

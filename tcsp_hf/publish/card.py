@@ -103,6 +103,7 @@ def write_card(
         if (checkpoint.folder / source.name).exists() and not overwrite and not _inside(checkpoint.folder, source):
             raise TCSPError(f"{checkpoint.folder / source.name} exists: rename the picture, or pass overwrite=True.")
     added = {caption: source.name for caption, source in sources.items()}
+    check_names(added)
     shown = stored_results(checkpoint.folder).merge(results or CardResults()).merge(CardResults(pictures=added))
     text = _render(checkpoint, shown, name, copied=added.values())
     for source in sources.values():
@@ -117,6 +118,13 @@ def stored_results(folder: Path) -> CardResults:
     """Those beside the checkpoint; empty where there are none."""
     path = folder / RESULTS_FILE
     return CardResults.load(path) if path.is_file() else CardResults()
+
+
+def check_names(pictures: Mapping[str, str]) -> None:
+    """Raises TCSPError where two pictures (caption -> file name) would overwrite each other."""
+    for name in pictures.values():
+        if list(pictures.values()).count(name) > 1:
+            raise TCSPError(f"Two pictures are called {name}: rename one of them.")
 
 
 def _inside(folder: Path, file: Path) -> bool:
@@ -213,13 +221,18 @@ def _summary(checkpoint: Checkpoint, base: str | None) -> str:
     calibration = projection["calibration"]
     return (
         f"{_link(base, checkpoint)}{at} made smaller with TCSP ([arXiv 2308.16475]({_PAPER})): its hidden states were "
-        f"projected onto subspaces, without labels. {projection.get('removed', 0.0):.1%} of the parameters were "
-        f"removed, embeddings apart; the hidden size went from {projection['source_hidden_size']} to "
+        f"projected onto subspaces, without labels{_training(projection)}. {projection.get('removed', 0.0):.1%} of the "
+        f"parameters were removed, embeddings apart; the hidden size went from {projection['source_hidden_size']} to "
         f"{_width(checkpoint)}.\n\n"
         f"Projection: `{projection['kind']}`, `{projection['subspace']}`. Calibration: {calibration['sequences']:,} "
         f"sequences, {calibration['tokens']:,} tokens, seed {calibration['seed']}, data fingerprint "
         f"`{calibration['data_fingerprint']}`."
     )
+
+
+def _training(projection: dict[str, Any]) -> str:
+    trained = projection.get("options", {}).get("trained")
+    return f", and then trained (on {trained})" if trained else ""
 
 
 def _width(checkpoint: Checkpoint) -> str:
@@ -346,5 +359,10 @@ def _made(checkpoint: Checkpoint, results: CardResults) -> str:
         "epsilon": projection["epsilon"],
         **projection.get("options", {}),
     }
-    shown = [[str(key), f"`{value}`"] for key, value in facts.items() if value is not None]
+    before = " (before the training)" if facts.get("trained") else ""
+    shown = [
+        [f"{key}{before if key in ('predicted_kl', 'measured_kl') else ''}", f"`{value}`"]
+        for key, value in facts.items()
+        if value is not None
+    ]
     return "## How it was made\n\n" + "\n\n".join([*lines, _table(["option", "value"], shown)])

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from ..errors import TCSPError
 from ..files import write_whole
-from .card import CARD_FILE, render_card, stored_results
+from .card import CARD_FILE, check_names, render_card, stored_results
 from .checkpoint import read_checkpoint
 from .results import CardResults
 
@@ -54,6 +54,7 @@ def shelve_card(
     for file in shown.pictures.values():
         text = text.replace(f"]({file})", f"]({target.stem}-{file})")
     extra = []
+    check_names({caption: Path(source).name for caption, source in (pictures or {}).items()})
     for caption, source in (pictures or {}).items():
         if not Path(source).is_file():
             raise TCSPError(f"The picture {source} ({caption}) is not there.")

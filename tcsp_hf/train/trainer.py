@@ -345,6 +345,7 @@ class _CompressingTrainer(Trainer):
     def _prepare_distiller(self, small: Any, teacher: Any) -> None:
         self._distiller = None
         self.__dict__.pop("loss_is_scaled_for_ga", None)  # the class's: transformers decides where it is None
+        self._note_training(_plain(small), 0.0 if teacher is None else self.args.distillation)
         if teacher is None or not self.args.distillation:
             return
         teacher = _plain(teacher)
@@ -369,6 +370,14 @@ class _CompressingTrainer(Trainer):
         self._distiller = distiller
         if getattr(self, "loss_is_scaled_for_ga", None) is None:
             self.loss_is_scaled_for_ga = False  # a mean over the batch, whatever the labels' part comes from
+
+    @staticmethod
+    def _note_training(small: Any, share: float) -> None:
+        """In the model's provenance, for its card: the losses that stand there are of the cut alone."""
+        options = (getattr(small.config, "projection", None) or {}).get("options")
+        if options is not None:
+            labels = "" if share == 1.0 else " and labels where there are any"
+            options["trained"] = f"the dense model's outputs ({share:g}){labels}" if share else "labels alone"
 
     def _site_sums(self, distiller: Distiller, small: Any) -> SiteSums:
         rows = self._calibration_rows()
