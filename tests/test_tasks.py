@@ -20,6 +20,7 @@ from test_cli import tcsp
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from tcsp_hf import TCSPError
+from tcsp_hf.publish import CardResults
 from tcsp_hf.tasks import TASKS, GlueMetric, SquadMetric, find_task, score
 from tcsp_hf.tasks.metrics import FORMULAS
 from tcsp_hf.tasks.squad import Window, answer_positions, best_answer, encode_windows
@@ -285,6 +286,11 @@ def test_finetune_train_evaluate(
     again = json.loads(tcsp("evaluate", small, *common))
     assert again["scores"] == pytest.approx(found["scores"]["compressed"])
     assert set(TASKS[task].metrics) <= set(again["scores"])
+    shown = tmp_path / "scores.json"
+    tcsp("evaluate", small, *common, "--card-results", shown)
+    assert {entry.metric: entry.value for entry in CardResults.load(shown).evaluations} == again["scores"]
+    with pytest.raises(TCSPError, match="is for a task's own data"):
+        tcsp("evaluate", small, *common, "--card-results", tmp_path / "other.json", "--data", tmp_path)
     # a run whose checkpoints are there goes on from them: nothing is left to train
     resumed = json.loads(tcsp(*arguments, "--checkpoints", tmp_path / "run", "--overwrite"))
     assert resumed["scores"] == found["scores"]

@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..data.sources import first_rows, only_split
-from ..files import check_output_folder, json_text
+from ..data.sources import SQUAD_SETS, first_rows, only_split
+from ..errors import TCSPError
+from ..files import check_output_file, check_output_folder, json_text, write_whole
 from ..loading import load_model, load_tokenizer, resolve_name
+from ..publish.results import CardResults, Evaluation
 from ..tasks import TASKS, find_task, score
 from ..tasks.table import Task
 from ..train.finetune import Schedule, check_teacher, choose_rows, finetune
@@ -171,6 +173,9 @@ def evaluate_command(
     max_length: MaxLengthOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
+    card_results: Annotated[
+        Path | None, typer.Option(help="Write a JSON for `tcsp card --results`.", show_default=False)
+    ] = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -179,13 +184,37 @@ def evaluate_command(
     Example: tcsp evaluate small/ --task mrpc
     """
     chosen = find_task(task)
+    if card_results is not None:
+        check_output_file(card_results, "--card-results")
+        if data is not None:
+            raise TCSPError("--card-results is for a task's own data, but --data is given: leave one of them out.")
     split = split or only_split(data) or chosen.splits[0]
     rows = first_rows(chosen.load(split, data), samples)
     found, tokenizer = load_model(model, dtype, device), load_tokenizer(model)
     bars = progress_of(quiet, as_json)
     scores = score(found, tokenizer, chosen, rows, batch_size=batch_size, max_length=max_length, progress=bars)
+    if card_results is not None:
+        measured = evaluations_of(chosen, split, {"compressed": scores}, None if samples is None else len(rows))
+        write_whole(card_results, CardResults(evaluations=measured).to_json())
     if as_json:
         print_json({"model": model, "task": task, "split": split, "rows": len(rows), "scores": scores})
         return
     note = f"{split}, {len(rows):,} rows"
     print_table(f"{model} on {task}", ["", "score"], score_rows(chosen, scores), note)
+
+
+def evaluations_of(
+    task: Task, split: str, scores: dict[str, dict[str, float]], part: int | None = None
+) -> tuple[Evaluation, ...]:
+    """As a model card has them, of the task's own data.
+
+    Args:
+        part: so many first rows of the split; all when None.
+    """
+    kind = "question-answering" if task.is_qa else "text-classification"
+    data, config = (SQUAD_SETS[task.name], None) if task.is_qa else ("nyu-mll/glue", task.name)
+    title = None if part is None else f"{data}{f' {config}' if config else ''}, first {part:,} rows"
+    return tuple(
+        Evaluation(kind, data, split, name, value, scores.get("dense", {}).get(name), config=config, name=title)
+        for name, value in scores["compressed"].items()
+    )

@@ -11,7 +11,7 @@ from ..architectures import dense_hidden_size
 from ..calibration.fingerprint import model_fingerprint
 from ..compression import removed_fraction
 from ..data.digest import digest_of_rows
-from ..data.sources import SQUAD_SETS, first_rows, load_data
+from ..data.sources import first_rows, load_data
 from ..errors import TCSPError
 from ..export.sentence_transformer import reranker_settings
 from ..files import check_output_folder, json_text
@@ -19,7 +19,6 @@ from ..loading import load_model, load_tokenizer, resolve_name
 from ..publish.card import write_card
 from ..publish.results import CardResults, Evaluation
 from ..tasks import TASKS, find_task, score
-from ..tasks.table import Task
 from ..train.distil import run_training, task_trainer
 from ..train.finetune import Schedule, choose_rows
 from ..train.models import load_dense
@@ -50,6 +49,7 @@ from .finetune import (
     TrainSamplesOption,
     TrainSplitOption,
     bars_hidden,
+    evaluations_of,
     score_rows,
 )
 
@@ -239,20 +239,3 @@ def train_command(
     if untrained:
         note += "; from labels alone, since the dense model was not trained on the task"
     print_table(f"{model}: {summary['removed']:.1%} removed -> {output}", ["", *scores], table, note)
-
-
-def evaluations_of(
-    task: Task, split: str, scores: dict[str, dict[str, float]], part: int | None = None
-) -> tuple[Evaluation, ...]:
-    """As a model card has them, of the task's own data.
-
-    Args:
-        part: so many first rows of the split; all when None.
-    """
-    kind = "question-answering" if task.is_qa else "text-classification"
-    data, config = (SQUAD_SETS[task.name], None) if task.is_qa else ("nyu-mll/glue", task.name)
-    title = None if part is None else f"{data}{f' {config}' if config else ''}, first {part:,} rows"
-    return tuple(
-        Evaluation(kind, data, split, name, value, scores.get("dense", {}).get(name), config=config, name=title)
-        for name, value in scores["compressed"].items()
-    )

@@ -20,6 +20,7 @@ from ...publish.results import CardResults, Evaluation
 from ..common import JsonOption, QuietOption, print_json, print_table, progress_of
 from .common import SeedOption
 
+_LABELLED = "test-labelled"
 _RECALLS = ("dense on dense", "compressed on compressed", "compressed on dense", "dense on compressed")
 
 
@@ -66,7 +67,11 @@ def retrieval_command(
         int | None, typer.Option(help="Ask this many, drawn by the seed; all by default.", min=1)
     ] = None,
     sts_split: Annotated[
-        str, typer.Option(help="Labelled split of STS-B; 'test-labelled' where a local copy has it, '' for none.")
+        str,
+        typer.Option(
+            help="Labelled split of STS-B; 'test-labelled' where TCSP_DATA_DIR has glue/stsb/test-labelled.parquet "
+            "(the Hub hides its labels), '' for none."
+        ),
     ] = "validation",
     batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time.")] = 64,
     seed: SeedOption = 0,
@@ -140,9 +145,11 @@ def evaluations_of(result: dict[str, Any]) -> tuple[Evaluation, ...]:
     if "stsb" in result:
         entry = result["stsb"]
         scores = entry["compressed"], entry["dense"]
-        found.append(
-            Evaluation("sentence-similarity", "nyu-mll/glue", entry["split"], "spearmanr", *scores, config="stsb")
-        )
+        labelled = entry["split"] == _LABELLED  # the Hub's test split hides its labels: a local copy has them
+        split = "test" if labelled else entry["split"]
+        called = "STS-B, test split with its labels" if labelled else None
+        task = "sentence-similarity"
+        found.append(Evaluation(task, "nyu-mll/glue", split, "spearmanr", *scores, config="stsb", name=called))
     return tuple(found)
 
 
