@@ -20,12 +20,15 @@ import tcsp_hf
 from tcsp_hf import TCSPError, compress
 from tcsp_hf.cli.main import app
 from tcsp_hf.evaluation.embeddings import embed
+from tcsp_hf.evaluation.load_task import load_task
+from tcsp_hf.evaluation.scoring import Retrieval
 from tcsp_hf.export.sentence_transformer import (
     load_source,
     reranker_settings,
     save_sentence_transformer,
     to_sentence_transformer,
 )
+from tcsp_hf.loading import load_model
 from tcsp_hf.pooling import declared_pooling
 
 library = pytest.importorskip("sentence_transformers")
@@ -346,3 +349,14 @@ def test_the_trainer_follows_the_source(tmp_path: Path) -> None:
         trainer = tcsp_hf.TCSPTrainer(dense, arguments, train_dataset=rows, processing_class=make_tokenizer())
         trainer.train()
         assert trainer.calibration.objective == f"embedding-{used}" and trainer._distiller.pooling == used
+
+
+def test_bench_reads_embeddings_as_the_source_does(tmp_path: Path) -> None:
+    source = write_source(tmp_path, modules.Normalize(), pooling="cls")
+    dense, texts = load_model(str(source)), ["w1 w2 w3", "w40 w7"]
+    task = load_task(dense, "squad-sample", items=2)
+    assert isinstance(task, Retrieval) and task.pooling == "cls"
+    found = embed(dense, make_tokenizer(), texts, pooling="cls").numpy()
+    assert np.abs(library.SentenceTransformer(str(source), device="cpu").encode(texts) - found).max() <= 1e-5
+    small = compress(dense, calibrated(ENCODER, dense), hidden_size=D)
+    assert np.abs(embed(small, make_tokenizer(), texts, pooling="cls").numpy() - found).max() <= 1e-5

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..calibration.objectives import first_tokens
 from ..errors import TCSPError
 from ..tasks.inputs import input_length, right_padding
 
@@ -33,10 +34,11 @@ def embed(
     *,
     batch_size: int = 32,
     max_length: int = 256,
+    pooling: str = "mean",
     progress: bool | None = False,
     description: str = "embed",
 ) -> torch.Tensor:
-    """Mean-pooled, L2-normalised embeddings (texts, D) in the dense model's space.
+    """Pooled (`"mean"`, or `"cls"`: the first token), L2-normalised embeddings (texts, D) in the dense model's space.
 
     A compressed model's pooled output is mapped back with `model.lift`: once per text, after pooling (the map is
     affine, and so is the mean). Longer texts than the model has positions for are cut, whatever `max_length` is.
@@ -56,8 +58,11 @@ def embed(
                 return_tensors="pt",
             ).to(model.device)
             hidden = model(**batch).last_hidden_state
-            weights = batch["attention_mask"].to(hidden).unsqueeze(-1)
-            pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+            if pooling == "cls":
+                pooled = first_tokens(hidden, batch["attention_mask"])
+            else:
+                weights = batch["attention_mask"].to(hidden).unsqueeze(-1)
+                pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
             if hasattr(model, "lift"):
                 pooled = model.lift(pooled)
             for i, row in zip(chosen, nn.functional.normalize(pooled.float(), dim=-1).cpu(), strict=True):

@@ -16,10 +16,11 @@ from ..data.checks import (
 )
 from ..data.sources import SAMPLE, first_rows, load_data
 from ..errors import TCSPError
+from ..pooling import pooling_of_model
 from ..tasks.inputs import input_length
 from ..tasks.table import SPANS, TASKS, find_task, form_of, label_names
 from .answers import Spans, Written
-from .scoring import Classification, Matthews, Regression, Retrieval, Similarity, Task, columns_of
+from .scoring import Classification, Embedding, Matthews, Regression, Retrieval, Similarity, Task, columns_of
 
 
 def load_task(model: PreTrainedModel, name: str, split: str | None = None, items: int | None = None) -> Task[Any]:
@@ -37,6 +38,8 @@ def load_task(model: PreTrainedModel, name: str, split: str | None = None, items
     """
     task = _load_task(model, name, split, items)
     task.longest = input_length(model, task.usual_length)
+    if isinstance(task, Embedding):
+        task.pooling = pooling_of_model(model, None)
     return task
 
 

@@ -155,15 +155,18 @@ class Regression(_Labelled):
         return Score(spearmanr(outputs[:, 0].numpy(), self.labels.numpy()), float(distance), None)
 
 
-class _Embedding(Task[torch.Tensor]):
-    """Sentence embeddings: mean-pooled, mapped back to the dense space, compared by cosine."""
+class Embedding(Task[torch.Tensor]):
+    """Sentence embeddings: pooled as the dense model's files say, mapped back to its space, compared by cosine."""
+
+    pooling = "mean"
 
     distance_name = "1 - cosine"
     usual_length = _EMBEDDED
 
     def outputs(self, model: PreTrainedModel, tokenizer: Any, progress: bool | None, description: str) -> torch.Tensor:
         texts = [str(text) for text in self.texts()]
-        return embed(model, tokenizer, texts, max_length=self.max_length, progress=progress, description=description)
+        how: dict[str, Any] = {"max_length": self.max_length, "pooling": self.pooling}
+        return embed(model, tokenizer, texts, **how, progress=progress, description=description)
 
     def calibration_texts(self, data: Any, sequences: int, seed: int) -> Any:
         """Single texts, each once: an encoder never reads pairs."""
@@ -176,7 +179,7 @@ class _Embedding(Task[torch.Tensor]):
         return float(1.0 - (reference * outputs).sum(1).mean())
 
 
-class Similarity(_Embedding):
+class Similarity(Embedding):
     """Spearman correlation of the cosines of pairs with human scores (STS-B)."""
 
     score_name = "Spearman correlation"
@@ -197,7 +200,7 @@ class Similarity(_Embedding):
         return Score(value, self.distance(reference, outputs), None)
 
 
-class Retrieval(_Embedding):
+class Retrieval(Embedding):
     """Recall@1 of questions among paragraphs; agreement: the same paragraph comes first for both models."""
 
     score_name = "recall@1"
