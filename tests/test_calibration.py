@@ -17,6 +17,7 @@ from common import (
     find,
     make_dense,
     make_rows,
+    make_tokenizer,
 )
 from datasets import Dataset
 from statistics_of import WORDS, assert_equal_statistics, relative
@@ -439,8 +440,9 @@ def test_poolings_that_do_not_fit():
         calibrated(encoder, dense_and_statistics(encoder)[0], pooling="pooler")
 
 
-def test_a_fast_tokenizer_cuts_as_before(tokenizer):
+def test_a_fast_tokenizer_cuts_as_before():
     """What it was told last would be saved, and read by everyone who uses its file without transformers."""
+    tokenizer = make_tokenizer()
     pairs = [(f"w{i} w{i + 1}", f"w{i}") for i in range(20)]
     calibrate(make_dense(T5, torch.float32), pairs, tokenizer=tokenizer, progress=False)
     assert tokenizer.backend_tokenizer.truncation is None and tokenizer.backend_tokenizer.padding is None
