@@ -12,7 +12,7 @@ from tcsp_hf.architectures import sites_of
 from tcsp_hf.compression.cuts import cut_filters, cut_values, head_rows
 from tcsp_hf.compression.filters import drop_inputs
 from tcsp_hf.compression.heads import drop_heads, inverse_root, score_factors, score_moments, value_factors
-from tcsp_hf.compression.least_squares import NormalEquations, Segments, ridge, solve
+from tcsp_hf.compression.least_squares import NormalEquations, Segments, damped_inverse, ridge, solve
 from tcsp_hf.compression.metrics import Metrics
 from tcsp_hf.compression.refit_bert import BertRefit, RefitResult
 from tcsp_hf.compression.streams import padded_batches
@@ -412,3 +412,27 @@ def test_the_refit_carries_what_the_model_computes(eps: float, monkeypatch: pyte
         with torch.no_grad():
             found = small(**tensors).last_hidden_state.flatten(0, 1)
         torch.testing.assert_close(carried[group.rows], found, rtol=1e-4, atol=1e-4)
+
+
+def test_sums_wider_than_a_panel_are_whole() -> None:
+    """Only panels on and above the diagonal are summed; what is asked for has both halves, each time."""
+    x = gaussian(40, 900, 500).float()
+    problem = NormalEquations.zeros(500, 2, torch.device("cpu"), bias=False)
+    held = torch.arange(900) % 5 == 4
+    for half in (slice(0, 450), slice(450, 900)):
+        problem.add([x[half]], x[half, :2], torch.ones(450), held[half])
+        done = x[: half.stop].double()
+        for fold, chosen in enumerate((~held[: half.stop], held[: half.stop])):
+            wanted = done[chosen].T @ done[chosen]
+            torch.testing.assert_close(problem.moments[fold], wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_an_indefinite_matrix_is_damped_and_inverted() -> None:
+    matrix = torch.diag(torch.tensor([2.0, -0.5, 3.0], dtype=torch.float64))
+    damping = torch.tensor([0.5, 0.25, 1.0], dtype=torch.float64)
+    found = damped_inverse(matrix, damping)
+    torch.testing.assert_close(found, torch.diag(torch.tensor([0.4, -4.0, 0.25], dtype=torch.float64)))
+    assert found.is_contiguous()
+    definite = damped_inverse(matrix.abs(), damping)
+    torch.testing.assert_close(definite, torch.diag(torch.tensor([0.4, 1 / 0.75, 0.25], dtype=torch.float64)))
+    assert definite.is_contiguous()

@@ -138,3 +138,11 @@ def test_size_for_all_the_energy_is_the_rank():
     assert pca_spectrum(moment(3, rank=4)).size_for_energy(1.0) == 4
     assert pca_spectrum(moment(3)).size_for_energy(1.0) == SIZE
     assert pca_spectrum(moment(3)).size_for_energy(1e-9) == 1
+
+
+@pytest.mark.parametrize("kind", ["pca", "balanced"])
+def test_the_whole_space_keeps_everything(kind):
+    whole = spectrum(kind, moment(3), moment(4), 0.3).cut(SIZE)
+    expected = make_basis(whole.decoder, whole.encoder, moment(3))
+    assert whole.kept_energy == pytest.approx(expected.kept_energy) == pytest.approx(1.0)
+    assert whole.gain == pytest.approx(expected.gain) == pytest.approx(1.0)
