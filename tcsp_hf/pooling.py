@@ -19,8 +19,11 @@ def declared_pooling(name: str) -> str | None:
     """
     modules = _read(name, "modules.json")
     for module in modules if isinstance(modules, list) else []:
-        if isinstance(module, dict) and str(module.get("type", "")).endswith("Pooling"):
-            settings = _read(name, f"{module.get('path', '')}/config.json")
+        if isinstance(module, dict) and str(module.get("type", "")).rpartition(".")[2] == "Pooling":
+            folder = module.get("path")
+            if not isinstance(folder, str) or Path(folder).name != folder:
+                return None  # files elsewhere are not read
+            settings = _read(name, str(Path(folder, "config.json")))
             return None if not isinstance(settings, dict) else "cls" if _modes(settings) == ["cls"] else "mean"
     return None
 

@@ -299,14 +299,15 @@ def test_the_command_calibrates_for_the_sources_pooling(
     path, seen = write_source(tmp_path, pooling=pooling), []
 
     def calibrate(*args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs["pooling"])
-        return tcsp_hf.calibrate(*args, **kwargs)
+        found = tcsp_hf.calibrate(*args, **kwargs)
+        seen.append(found.objective)
+        return found
 
     monkeypatch.setattr("tcsp_hf.cli.compress.calibrate", calibrate)
     (tmp_path / "texts.txt").write_text("\n".join(f"w{i} w{i + 1} w{i % 9}" for i in range(40)))
     told = ("compress", path, "--data", tmp_path / "texts.txt", "--hidden-size", 16, "--sentence-transformer")
     tcsp(*told, "--quiet", "-o", tmp_path / "small")
-    assert seen == [pooling]
+    assert seen == [f"embedding-{pooling}"]
     card = (tmp_path / "small" / "README.md").read_text()
     assert 'SentenceTransformer("small", trust_remote_code=True)' in card
     assert "library_name: sentence-transformers" in card and "pipeline_tag: sentence-similarity" in card
@@ -326,14 +327,22 @@ def test_the_command_calibrates_for_the_sources_pooling(
     ],
 )
 def test_declared_pooling(settings: str | None, pooling: str | None, tmp_path: Path) -> None:
-    modules_file = [
+    parts: list[dict[str, Any]] = [
         {"type": "a.Transformer", "path": ""},
         {"type": "sentence_transformers.Pooling", "path": "1_Pooling"},
     ]
-    (tmp_path / "modules.json").write_text(json.dumps(modules_file))
+    (tmp_path / "modules.json").write_text(json.dumps(parts))
     if settings is not None:
         (tmp_path / "1_Pooling").mkdir()
         (tmp_path / "1_Pooling" / "config.json").write_text(settings)
+    assert declared_pooling(str(tmp_path)) == pooling
+    for path in ("..", "/", "1_Pooling/../1_Pooling", None, 3):
+        parts[1]["path"] = path
+        (tmp_path / "modules.json").write_text(json.dumps(parts))
+        assert declared_pooling(str(tmp_path)) is None
+    parts.insert(1, {"type": "sentence_transformers.models.WeightedLayerPooling", "path": ""})
+    parts[2]["path"] = "1_Pooling"
+    (tmp_path / "modules.json").write_text(json.dumps(parts))
     assert declared_pooling(str(tmp_path)) == pooling
     (tmp_path / "modules.json").write_text("{")
     assert declared_pooling(str(tmp_path)) is declared_pooling(str(tmp_path / "none")) is None

@@ -28,8 +28,6 @@ from tcsp_hf.tasks.squad_metric import normalise, overlap, score_v1, score_v2
 from tcsp_hf.tasks.table import form_of
 from tcsp_hf.tasks.text_to_text import read_label, source_text, target_text
 from tcsp_hf.train.distillation import Distiller
-from tcsp_hf.train.paper import read_rows, write_grid
-from tcsp_hf.train.paper_report import groups_of, missed_bars, report, summary
 
 BERT = find("bert-ForSequenceClassification")
 QA = find("bert-ForQuestionAnswering")
@@ -495,88 +493,6 @@ def test_bench_paper(data: Path, base: Path, tmp_path: Path, monkeypatch: pytest
         with pytest.raises(TCSPError, match=match):
             tcsp("bench", "paper", rows, "-o", results)
         paths[0].write_text(paths[0].read_text().replace(line + "\n", ""))
-
-
-def paper_result(task: str, remove: float, seed: int, dense: float, score: float) -> dict[str, Any]:
-    name = find_task(task).headline
-    row = {"model": "some/model", "task": task, "remove": remove, "mode": "distilled", "seed": seed}
-    own = {"removed": remove, "headline": name, "dense": {name: dense}, "scores": {name: score}, "seconds": 1.0}
-    took = {"dense_seconds": 8.0, "dense_steps": 4, "training_seconds": 3.0, "steps": 2}
-    if seed:  # of a version that knows the processor's own time
-        took |= {"dense_processor_seconds": 2.0, "training_processor_seconds": 2.0, "processor_seconds": 5.0}
-    return {"row": row, **own, **took}
-
-
-def test_paper_summary_is_a_mean_over_seeds_and_tasks(tmp_path: Path) -> None:
-    results = [
-        paper_result("mrpc", 0.44, 0, 0.80, 0.82),
-        paper_result("mrpc", 0.44, 1, 0.82, 0.82),
-        paper_result("squad", 0.44, 0, 60.0, 58.0),  # in points already
-        paper_result("mrpc", 0.94, 0, 0.80, 0.72),
-    ]
-    groups = groups_of(results)
-    assert [(group.task, round(group.drop, 6), len(group.scores)) for group in groups] == [
-        ("mrpc", -1.0, 2),
-        ("mrpc", 8.0, 1),
-        ("squad", 2.0, 1),
-    ]
-    rows = {row["remove"]: row for row in summary(groups)}
-    assert rows[0.44]["mean_drop"] == pytest.approx(0.5) and rows[0.44]["worst_task"] == "squad"
-    assert rows[0.94]["kept"] == pytest.approx(0.9)
-    missed = missed_bars(list(rows.values()))
-    assert len(missed) == 3  # the mean and the worst at 44 %, what is kept at 94 %
-    assert missed_bars(summary(groups_of(results[:2]))) == []
-    assert (groups[0].step, groups[0].seconds, groups[0].dense_seconds) == ((0.75 + 2.0) / 2, 3.0, 5.0)
-    ready = [{**results[0], "dense_seconds": None, "dense_steps": None}, results[1]]
-    assert groups_of(ready)[0].step is None and groups_of(ready)[0].dense_seconds is None
-    assert "±" in report(results, tmp_path).read_text()
-
-
-def test_paper_grid(tmp_path: Path) -> None:
-    rows = tmp_path / "rows"
-    written = write_grid(rows, ["a/b"], ["mrpc"], [0.44], ["distilled"], [0, 1], ["dense_epochs = 5"])
-    assert [path.stem for path in written] == ["b-mrpc-44-distilled", "b-mrpc-44-distilled-seed1"]
-    assert sorted((row.seed, row.dense_epochs) for row in read_rows(rows)) == [(0, 5), (1, 5)]
-    assert write_grid(rows, ["a/b"], ["mrpc"], [0.44], ["distilled"], [0], ["dense_epochs = 5"]) == []
-    for option, value, match in (
-        ("--set", "x y", "must be name=value"),
-        ("--seeds", "x y", "whole numbers"),
-        ("--modes", "x y", "'x y'"),
-        ("--set", "epoch=5", "unknown field 'epoch'"),
-        ("--set", 'axes=["filter"]', "axes is"),
-        ("--remove", "1.5", "remove is 1.5"),
-        ("--models", "a/c,b/c", "Two rows"),
-    ):
-        with pytest.raises(TCSPError, match=match):
-            tcsp("bench", "paper", tmp_path / "r", "-o", tmp_path / "o", "--models", "a", option, value, "--no-run")
-        assert not (tmp_path / "r").exists()
-    with pytest.raises(TCSPError, match="other settings"):
-        write_grid(rows, ["a/b"], ["mrpc"], [0.44], ["distilled"])
-    written[0].rename(rows / "mine.toml")
-    assert write_grid(rows, ["a/b"], ["mrpc"], [0.44], ["distilled"], [0], ["dense_epochs = 5"]) == []
-    (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(TCSPError, match="left as it is"):
-        tcsp("bench", "paper", rows, "-o", tmp_path)
-
-
-def test_rows_of_other_settings_stand_apart() -> None:
-    """In the table and in its means; seeds alone are joined."""
-
-    def result(task: str, seed: int, lr: float) -> dict[str, Any]:
-        row = {"model": "m", "task": task, "remove": 0.44, "mode": "distilled", "seed": seed, "lr": lr, "name": f"{lr}"}
-        timed = {"seconds": 1.0, "dense_seconds": 1.0, "steps": 0, "dense_steps": 1}
-        scores = {"dense": {"accuracy": 0.5}, "scores": {"accuracy": 0.5}, "headline": "accuracy", "removed": 0.44}
-        return {"row": row, **timed, **scores}
-
-    one = [result("mrpc", 0, 1e-4), result("mrpc", 1, 1e-4), result("rte", 0, 1e-4)]
-    assert [(len(group.scores), group.settings) for group in groups_of(one)] == [(2, ""), (1, "")]
-    groups = groups_of([*one, result("mrpc", 0, 2e-4)])
-    assert [(group.task, len(group.scores), group.settings) for group in groups] == [
-        ("mrpc", 2, "lr=0.0001"),
-        ("mrpc", 1, "lr=0.0002"),
-        ("rte", 1, "lr=0.0001"),
-    ]
-    assert [row["tasks"] for row in summary(groups)] == [["mrpc", "rte"], ["mrpc"]]
 
 
 def test_commands_refuse(data: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

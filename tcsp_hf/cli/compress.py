@@ -14,14 +14,14 @@ from ..errors import TCSPError
 from ..export.sentence_transformer import (
     check_pooling,
     load_source,
-    pooling_of,
     require_encoder,
     reranker_settings,
     save_sentence_transformer,
     tokenizer_of,
 )
 from ..files import check_output_folder, new_folder
-from ..loading import load_model
+from ..loading import load_model, resolve_name
+from ..pooling import declared_pooling
 from ..publish.card import write_card
 from ..publish.results import CardResults
 from .common import (
@@ -152,7 +152,7 @@ def compress_command(
             )
     found = None if stats is None else Calibration.load(stats)
     if found is not None and source is not None:
-        _check_pooling_of_statistics(found, model, source)
+        _check_pooling_of_statistics(found, model)
     if found is not None and found.objective.startswith("embedding-") and sentence_transformer and source is None:
         pooling = pooling or found.objective.removeprefix("embedding-")  # written from where it was read
         check_pooling(pooling, source)
@@ -187,7 +187,7 @@ def compress_command(
             max_sequences=max_sequences,
             text_columns=columns,
             fisher=subspace == "balanced",
-            pooling=pooling if source is None else pooling or pooling_of(source),
+            pooling=pooling,
             progress=progress_of(quiet, as_json),
         )
     small: Any = compress(dense, found, **options, progress=progress_of(quiet, as_json))
@@ -220,9 +220,9 @@ def compress_command(
     print_table(f"{model} -> {output}", ["parameters", "before", "after", "removed"], rows)
 
 
-def _check_pooling_of_statistics(stats: Calibration, model: str, source: Any) -> None:
+def _check_pooling_of_statistics(stats: Calibration, model: str) -> None:
     """Raises TCSPError where statistics are of sentences read otherwise than the source reads them."""
-    wanted = pooling_of(source)
+    wanted = declared_pooling(resolve_name(model)) or "mean"
     if stats.objective.startswith("embedding-") and stats.objective != f"embedding-{wanted}":
         raise TCSPError(
             f"--stats are of {stats.objective.removeprefix('embedding-')} pooling, but {model!r} pools by {wanted}: "

@@ -59,11 +59,6 @@ def load_source(name: str | os.PathLike[str]) -> Any | None:
     return source
 
 
-def pooling_of(source: Any | None) -> str:
-    """What `calibrate` calls the pooling of a source: its sentences are read from the first token, or from a mean."""
-    return "cls" if source is not None and _check_modules(source) == ("cls",) else "mean"
-
-
 def _lowers(source: Any | None) -> bool:
     """Whether a source lowers its texts, whatever the tokenizer in its folder does."""
     return source is not None and bool(getattr(source[0], "do_lower_case", False))
